@@ -1,0 +1,99 @@
+"""The seam between the simulator and a backend: where the K/V of a planned step is really written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from jaxtyping import UInt32
+from numpy import ndarray
+
+from paged_attention.plan import Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Shape and dtype of the cache and of the device batch around it."""
+
+    layers: int
+    kv_heads: int
+    num_pages: int
+    """Page 0, the dummy, included."""
+    page_size: int
+    head_dim: int
+    dtype: str
+    """A key of paged_attention.fingerprint.WORD_MASK."""
+    max_sequence_length: int
+    batch_size: int
+    prefill_chunk: int
+    lag: int = 0
+    layout: Literal["heads_first"] = "heads_first"
+    writer: str | None = None
+    """"module:function" of a user's own write kernel; None: the views' own write methods."""
+    quantize: bool = False
+    """True: pages are stored as int8 with one scale per token and head (`dtype` is then the input's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The scripted model: `echo` reads nothing; `reader` reads through the device's page table what was written."""
+
+    kind: Literal["echo", "reader"] = "reader"
+    vocab_size: int = 32_000
+    lanes: int = 1
+    """How many words of each K and V vector the reader compares (rotating with the position)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """Where to run: a JAX platform, and the mesh axes with their sizes (empty: one device)."""
+
+    platform: Literal["cpu", "gpu", "tpu"] = "cpu"
+    mesh: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+class BackendUnavailableError(Exception):
+    """The asked backend or device is not there; the message lists those that are (exit code 6)."""
+
+
+class Pending(Protocol):
+    """A dispatched step."""
+
+    def result(self) -> StepOutcome:
+        """Wait for the step and return what it yielded."""
+        ...
+
+
+class Backend(Protocol):
+    """Executes plans in order. Everything it returns is a copy."""
+
+    def open(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
+        """Make the cache. BackendUnavailableError: the platform or the devices are not there."""
+        ...
+
+    def execute(self, plan: StepPlan, rows: ModelRows) -> Pending:
+        """Dispatch a step. ValueError: a page id outside the pool; nothing was written then."""
+        ...
+
+    def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
+        """What lies on the device now, after every dispatched step. None: this backend holds no cache."""
+        ...
+
+    def verify(
+        self, pages: Ints, offsets: Ints, kv_ids: UInt32[ndarray, " places"], limit: int = 8
+    ) -> tuple[WrongPlace, ...]:
+        """Compare places with the fingerprints of `kv_ids` (0: never written, all words zero); the first wrong ones."""
+        ...
+
+    def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
+        """Overwrite whole pages with NaN or with a large finite value, in every layer and head."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """Name, platform, device kind and versions, for the run record."""
+        ...
+
+    def close(self) -> None:
+        """Give the cache back."""
+        ...

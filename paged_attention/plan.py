@@ -1,0 +1,235 @@
+"""The values that every room shares: what was asked, what was planned, what came out, what was found.
+
+A serving core makes a `StepPlan`, a backend executes it, an auditor judges it. All of them are values: frozen, with
+arrays that are fresh, read-only copies and never a view of anybody's own state.
+
+Axis names used throughout:
+
+    rows    one entry for each request that runs in the step (prefill rows first, then decode rows by ascending slot)
+    tokens  one entry for each token whose K/V the step writes, row after row
+    pages   the logical pages of a sequence, first to last
+    slots   the rows of the decode batch
+    places  (page, offset) pairs of the cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt32
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+"""A read-only one-dimensional int32 array."""
+
+DUMMY_PAGE = 0
+"""The page that nobody owns: padding may write to it, no live sequence reads it."""
+
+UNKNOWN_TOKEN = -1
+"""A token that the host has not seen yet: it is still on the device."""
+
+EOS_TOKEN = 0
+"""The end-of-sequence token of the scripted models; ordinary tokens start at 1."""
+
+EffectKind = Literal[
+    "submitted", "admitted", "allocated", "joined", "preempted", "ended", "cancelled", "freed", "unfenced"
+]
+EFFECT_KINDS: tuple[EffectKind, ...] = (
+    "submitted",
+    "admitted",
+    "allocated",
+    "joined",
+    "preempted",
+    "ended",
+    "cancelled",
+    "freed",
+    "unfenced",
+)
+EndReason = Literal["eos", "max_tokens", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks of a serving core.
+
+    `id` is unique within a run and orders requests by submission; `prompt` are token ids; `max_tokens` counts
+    generated tokens, the first one included; `seed` is the request's sampling seed (uint32 range).
+    """
+
+    id: int
+    prompt: Int32[np.ndarray, " prompt_tokens"]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Effect(NamedTuple):
+    """One change of ownership or state, in the order in which it happened.
+
+    kind        fields that mean something beside `request` and `admission`
+    ----        ---------------------------------------------------------------------------------------------
+    submitted   none: the request waits (admission 0)
+    admitted    the request starts its `admission`-th prefill (counted from 1)
+    allocated   `pages` now belong to the request, at logical pages first_page, first_page + 1, ...
+    joined      the request decodes in `slot` from this step on
+    preempted   the request waits again; `slot` is the slot it held, or -1; `reason` says why
+    ended       the request is finished; `reason` is an EndReason; its last token is the newest one applied
+    cancelled   the request is gone; `slot` is the slot it held, or -1
+    freed       every page of the admission (`pages`, in logical order) and its `slot` (-1: it held none) are given
+                back. Pages that a dispatched and not yet completed step may touch are fenced, the others are free
+    unfenced    `pages` left the fence and are free (request and admission: who held them)
+    """
+
+    kind: EffectKind
+    request: int
+    admission: int
+    slot: int = -1
+    first_page: int = 0
+    pages: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step runs, where it writes, and what changed hands so that it can.
+
+    A row writes K/V at positions start .. start + count - 1 of its sequence; the token at position p lies in page
+    table[row, p // page_size] at offset p % page_size. A row with samples == 1 also yields the token at position
+    start + count. `native` belongs to the core's own backend path: never hashed, never audited.
+    """
+
+    step: int
+    request: Int32[np.ndarray, " rows"]
+    admission: Int32[np.ndarray, " rows"]
+    slot: Int32[np.ndarray, " rows"]
+    """-1: a prefill row."""
+    start: Int32[np.ndarray, " rows"]
+    count: Int32[np.ndarray, " rows"]
+    samples: Int32[np.ndarray, " rows"]
+    """1 where the row yields a token, else 0."""
+    tokens: Int32[np.ndarray, " tokens"]
+    """Input token ids; UNKNOWN_TOKEN: the request's latest sampled token, not yet seen by the host."""
+    num_pages: Int32[np.ndarray, " rows"]
+    """How many entries of each table row are in use."""
+    table: Int32[np.ndarray, "rows max_num_pages"]
+    """Each row's whole page list, padded with DUMMY_PAGE; max_num_pages is the largest num_pages."""
+    effects: tuple[Effect, ...]
+    """Made by plan() itself, before the step runs."""
+    native: object = field(default=None, repr=False, compare=False)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.request)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens whose K/V the step writes."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step yielded, in the order of the plan's rows: -1 and 0 where nothing was sampled.
+
+    A row whose sequence had already ended on the device (an EOS the host has not seen yet) yields -1 and 0 too.
+    """
+
+    step: int
+    token: Int32[np.ndarray, " rows"]
+    eos: Int32[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRows:
+    """What the scripted model computes for each row of a plan; made by the simulator, never by the core.
+
+    `kv_base` identifies (request, admission); `token_seed` is the request's sampling seed; `eos_position` is the
+    position at which the request's EOS token stands, or -1 where no EOS ends it.
+    """
+
+    kv_base: UInt32[np.ndarray, " rows"]
+    token_seed: UInt32[np.ndarray, " rows"]
+    eos_position: Int32[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSnapshot:
+    """A copy of the core's whole host state, for the auditor's full checks.
+
+    `free` is in hand-out order. `rows` and `positions` are the host batch: a slot without a live sequence has
+    position -1 and an all-dummy row. `slot_of` maps request to slot. `pages` maps (request, admission) to the pages
+    it owns. `queues` maps a state name to the requests in it, in order: waiting, prefill, joining, running, draining
+    (nothing left to plan, last outcome still in flight); each unfinished request is in exactly one.
+    """
+
+    free: Ints
+    fenced: Ints
+    rows: Int32[np.ndarray, "slots max_num_pages"]
+    positions: Int32[np.ndarray, " slots"]
+    slot_of: Mapping[int, int]
+    pages: Mapping[tuple[int, int], Ints]
+    queues: Mapping[str, Ints]
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredPolicy:
+    """What a core says of itself; the auditor holds it to that and to nothing more.
+
+    "any" declares that a choice is the core's own business: it is then not checked.
+    """
+
+    batch_size: int
+    page_size: int
+    num_pages: int
+    max_sequence_length: int
+    prefill_chunk: int
+    lag: int = 0
+    preemption: Literal["none", "recompute"] = "none"
+    free_list: Literal["fifo", "lifo", "lowest", "any"] = "fifo"
+    mix: Literal["mixed", "prefill_first", "decode_first", "any"] = "mixed"
+    victim: Literal["newest", "any"] = "newest"
+    admission: Literal["fcfs", "any"] = "fcfs"
+    admission_pages: Literal["prompt", "chunk", "any"] = "prompt"
+    """What must be free before a prefill starts: pages for its whole prompt, or for its first chunk."""
+    max_prefill_rows: int = 1
+    max_step_tokens: int = 0
+    """0: prefill_chunk * max_prefill_rows + batch_size."""
+    max_decode_wait: int = 4
+    """Steps in a row that a running decode may wait for prefills (mix prefill_first)."""
+    max_prefill_wait: int = 4
+    """Steps in a row that a prefill that could run may wait for decodes (mix decode_first)."""
+    lookahead: int = 0
+    """Tokens beyond the scheduled ones for which pages may be held."""
+    fence: bool = True
+    """Pages of an ended admission wait until the last step dispatched with it has completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrongPlace:
+    """A place of the cache that does not hold what it should: `found` and `expected` are one token's raw words."""
+
+    layer: int
+    kind: Literal["K", "V"]
+    head: int
+    page: int
+    offset: int
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Copies of what lies on the device: the batch rows of `slots` and the raw K/V bits of `pages`."""
+
+    slots: Ints
+    positions: Int32[np.ndarray, " slots"]
+    rows: Int32[np.ndarray, "slots max_num_pages"]
+    pages: Ints
+    keys: NDArray[np.unsignedinteger]
+    """Raw words, axes (layers, heads, pages, page_size, head_dim)."""
+    values: NDArray[np.unsignedinteger]

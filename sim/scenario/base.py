@@ -1,0 +1,53 @@
+"""What every section of a scenario has in common: strict, frozen, and no unknown keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_COUNT = 2**31 - 1
+"""Ids, counts and positions are int32 everywhere."""
+
+
+class Section(BaseModel):
+    """A part of a scenario; equal sections have equal fields."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        defer_build=True,
+    )
+
+
+def _whole(value: Any) -> Any:
+    """YAML reads 85e6 as a float; a float without a fraction is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""A whole number; 85e6 is one too."""
+
+Count = Annotated[Whole, Field(ge=1, le=MAX_COUNT)]
+"""At least 1."""
+
+Index = Annotated[Whole, Field(ge=0, le=MAX_COUNT)]
+"""At least 0."""
+
+Nanoseconds = Annotated[Whole, Field(ge=0, le=2**62)]
+"""Simulated time in ns."""
+
+Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
+"""Simulated time in s."""
+
+Rate = Annotated[float, Field(gt=0.0, le=1e9)]
+"""Requests per second."""
+
+
+def seconds_to_ns(seconds: float) -> int:
+    """The nearest whole nanosecond."""
+    return round(seconds * 1e9)

@@ -1,0 +1,106 @@
+"""Contradictions between the keys of a scenario, each with the key that should change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sim.scenario.workload_models import ConcurrentArrivals, StagedArrivals, TraceArrivals, shortest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sim.scenario.models import Scenario
+
+Problem = tuple[tuple[str | int, ...], str]
+"""Key path, and what is wrong there."""
+
+
+def contradictions(scenario: Scenario) -> list[Problem]:
+    """Every contradiction between keys that are valid one by one."""
+    checks = (_mesh, _model, _workload, _lengths, _prompts_fit, _faults, _expectations)
+    return [problem for check in checks for problem in check(scenario)]
+
+
+def _mesh(scenario: Scenario) -> Iterator[Problem]:
+    cache, backend = scenario.cache, scenario.backend
+    sizes = {"heads": "kv_heads", "pages": "num_pages", "page": "page_size", "head_dim": "head_dim"}
+    for axis, devices in backend.mesh.items():
+        key = sizes[axis]
+        size = getattr(cache, key)
+        if size % devices:
+            yield ("backend", "mesh", axis), f"{devices} devices do not divide cache.{key} {size}"
+    if backend.mesh and backend.kind in {"none", "numpy"}:
+        yield ("backend", "mesh"), f"the backend '{backend.kind}' has no devices to shard over"
+    if backend.platform != "cpu" and backend.kind in {"none", "numpy"}:
+        yield ("backend", "platform"), f"the backend '{backend.kind}' runs on the cpu only"
+
+
+def _model(scenario: Scenario) -> Iterator[Problem]:
+    if scenario.model.lanes > scenario.cache.head_dim:
+        yield ("model", "lanes"), f"{scenario.model.lanes} lanes, but cache.head_dim is {scenario.cache.head_dim}"
+
+
+def _workload(scenario: Scenario) -> Iterator[Problem]:
+    workload = scenario.workload
+    if not isinstance(workload.arrivals, TraceArrivals):
+        for key in ("prompt_tokens", "output_tokens"):
+            if getattr(workload, key) is None:
+                yield (
+                    ("workload", key),
+                    f"missing; only arrivals of kind trace bring lengths, not {workload.arrivals.kind}",
+                )
+        if workload.num_requests is None and not isinstance(workload.arrivals, StagedArrivals):
+            yield ("workload", "num_requests"), f"missing; arrivals of kind {workload.arrivals.kind} never end"
+    if isinstance(workload.arrivals, StagedArrivals) and all(s.request_rate == 0 for s in workload.arrivals.stages):
+        yield ("workload", "arrivals", "stages"), "every request_rate is 0: nothing would arrive"
+
+
+def _lengths(scenario: Scenario) -> Iterator[Problem]:
+    for key in ("prompt_tokens", "output_tokens"):
+        tokens = getattr(scenario.workload, key)
+        low, high = getattr(tokens, "min", None), getattr(tokens, "max", None)
+        if low is not None and high is not None and low > high:
+            yield ("workload", key, "min"), f"min {low} is more than max {high}"
+
+
+def _prompts_fit(scenario: Scenario) -> Iterator[Problem]:
+    workload, cache = scenario.workload, scenario.cache
+    if workload.prompt_tokens is None or workload.too_long == "clip" or scenario.expect.rejected is not None:
+        return
+    low = shortest(workload.prompt_tokens)
+    room = (cache.num_pages - 1) * cache.page_size
+    meant = "set workload.too_long: clip, or say with expect.rejected that this is meant"
+    if low > cache.max_sequence_length:
+        limit = f"longer than cache.max_sequence_length {cache.max_sequence_length}"
+    elif low > room:
+        limit = f"more than the {room} tokens of all {cache.num_pages - 1} usable pages"
+    else:
+        return
+    yield ("workload", "prompt_tokens"), f"every prompt ({low} tokens or more) is {limit}, so all are rejected; {meant}"
+
+
+def _faults(scenario: Scenario) -> Iterator[Problem]:
+    count = scenario.workload.num_requests
+    for index, fault in enumerate(scenario.faults):
+        if fault.kind == "cancel_storm":
+            if isinstance(scenario.workload.arrivals, ConcurrentArrivals):
+                yield ("faults", index), "a cancel_storm needs arrival times, and concurrent arrivals have none"
+            continue
+        if (fault.at_step is None) == (fault.at_seconds is None):
+            yield ("faults", index), "give exactly one of at_step and at_seconds"
+        if fault.kind == "cancel" and count is not None and fault.request >= count:
+            yield ("faults", index, "request"), f"there is no request {fault.request}: they are 0 to {count - 1}"
+
+
+def _expectations(scenario: Scenario) -> Iterator[Problem]:
+    expect, only = scenario.expect, scenario.invariants.only
+    if expect.violated and expect.violations == 0:
+        yield ("expect", "violations"), f"0 violations, but expect.violated names {', '.join(expect.violated)}"
+    for index, name in enumerate(expect.violated):
+        if only is not None and name not in only:
+            yield ("expect", "violated", index), f"{name} is not among invariants.only, so it is never checked"
+    for key in ("violations", "finished", "cancelled", "rejected", "preemptions", "steps"):
+        bound = getattr(expect, key)
+        low, high = getattr(bound, "min", None), getattr(bound, "max", None)
+        if low is not None and high is not None and low > high:
+            yield ("expect", key, "min"), f"min {low} is more than max {high}"

@@ -1,0 +1,346 @@
+"""Decides what the next step runs, from the queues, the free pages and the host's decode batch.
+
+`create_plan` first drafts a step by reading only, then commits it: where the draft raises, nothing has changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from paged_attention.batch import ActiveSequenceBatch
+from paged_attention.pages import HBMPageManager
+from paged_attention.plan import DUMMY_PAGE
+from paged_attention.pytree import Fifo
+from paged_attention.requests import (
+    AllocatedPrefillPages,
+    GenerationStepTask,
+    InitialSequenceRequest,
+    NextIterationPlan,
+    SlotPageAssignment,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingPolicy:
+    """How prefills and decodes share the steps, and what happens when pages run out.
+
+    mix             a step runs                                                      who may wait, and how long
+    mixed           all decodes and, where one can run, a prefill chunk             nobody waits for the other
+    prefill_first   a prefill chunk alone, where one can run                        decodes: max_decode_wait steps
+    decode_first    all decodes alone, where there are any                          a prefill: max_prefill_wait steps
+    """
+
+    preemption: Literal["none", "recompute"] = "none"
+    mix: Literal["mixed", "prefill_first", "decode_first"] = "mixed"
+    max_decode_wait: int = 4
+    max_prefill_wait: int = 4
+
+    def __post_init__(self) -> None:
+        if self.max_decode_wait < 0 or self.max_prefill_wait < 0:
+            raise ValueError(
+                f"waits are numbers of steps and must not be negative: found max_decode_wait="
+                f"{self.max_decode_wait}, max_prefill_wait={self.max_prefill_wait}"
+            )
+
+
+Holder = GenerationStepTask | InitialSequenceRequest
+"""Somebody who holds pages: a running or queued decode, or the active prefill."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What a step would do; made by reading only."""
+
+    run_decodes: bool = False
+    growing_slots: list[int] = field(default_factory=list[int])
+    num_joins: int = 0
+    prefill: InitialSequenceRequest | None = None
+    prefill_is_new: bool = False
+    num_prefill_pages: int = 0
+    victims: list[Holder] = field(default_factory=list[Holder])
+    decodes_wait: bool = False
+    """Decodes that could run are left out for the prefill."""
+    prefill_waits: bool = False
+    """A prefill that could run is left out for the decodes."""
+
+
+class InferenceScheduler:
+    """Plans steps: all decodes plus at most one prefill chunk, within the declared policy.
+
+    Requests are prefilled first come, first served; a prefill starts only where a slot can be reserved for it and the
+    pages of its whole prompt are free, though it is given them chunk by chunk. Running decodes come first in line for
+    pages. Where they are short, the newest holder is preempted until the rest fits (preemption "recompute").
+    """
+
+    def __init__(self, manager: HBMPageManager, policy: SchedulingPolicy | None = None) -> None:
+        self.manager = manager
+        self.policy = policy or SchedulingPolicy()
+        self.batch_size = manager.metadata.batch_size
+        self.max_seq_len = manager.metadata.max_sequences
+        self.prefill_queue: Fifo[InitialSequenceRequest] = Fifo()
+        self.decodes_queue: Fifo[GenerationStepTask] = Fifo()
+        self.decode_wait = 0
+        """Steps in a row in which decodes that could run were left out for a prefill."""
+        self.prefill_wait = 0
+        """Steps in a row in which a prefill that could run was left out for decodes."""
+        self._no_prefill = InitialSequenceRequest.init_empty()
+
+    def enqueue_prefill_request(self, request: InitialSequenceRequest) -> None:
+        """Add a request at the tail of the prefill queue."""
+        self.prefill_queue.put(request)
+
+    def requeue_prefill_request(self, request: InitialSequenceRequest) -> None:
+        """Put a preempted request back at the head of the prefill queue."""
+        self.prefill_queue.put_first(request)
+
+    def enqueue_decodes_request(self, request: GenerationStepTask) -> None:
+        """Add a prefilled request to those that wait for a slot of the decode batch."""
+        self.decodes_queue.put(request)
+
+    def create_plan(
+        self,
+        active_prefill: InitialSequenceRequest | None,
+        decodes_state: ActiveSequenceBatch,
+        *,
+        may_preempt: bool = True,
+    ) -> NextIterationPlan | None:
+        """Plan the next step, change the host state accordingly, and say what the device must be told.
+
+        `active_prefill` is the prefill whose chunk number chunk_idx comes next, or None. With may_preempt False (steps
+        are in flight, which may yet free pages) a want of pages gives None instead of a preemption.
+
+        None: nothing can run now; nothing changed. NotImplementedError: decodes are short of pages and the policy's
+        preemption is "none"; nothing changed. The preempted requests are named in the plan; putting them back into the
+        prefill queue is the caller's part, who knows their tokens.
+        """
+        draft = self._draft(active_prefill, decodes_state, may_preempt)
+        if draft is None or not (draft.run_decodes or draft.prefill):
+            return None
+        return self._commit(draft, decodes_state)
+
+    # Drafting: reads only.
+
+    def _draft(
+        self, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, may_preempt: bool
+    ) -> _Draft | None:
+        free = self.manager.num_available_pages
+        if self.policy.mix == "prefill_first" and self.decode_wait < self.policy.max_decode_wait:
+            draft = self._draft_prefill(_Draft(), active, batch, free)
+            if draft.prefill is not None:
+                draft.decodes_wait = not self.decodes_queue.empty() or bool((batch.positions >= 0).any())
+                return draft
+        draft = self._draft_decodes(active, batch, free, may_preempt)
+        if draft is None or draft.victims:
+            return draft
+        joining = self._first_tasks(draft.num_joins)
+        free -= len(draft.growing_slots) + sum(map(self._lacks_page, joining))
+        self._draft_prefill(draft, active, batch, free)
+        first = self.policy.mix == "decode_first" and self.prefill_wait < self.policy.max_prefill_wait
+        if first and draft.run_decodes and draft.prefill is not None:
+            draft.prefill, draft.prefill_waits = None, True
+        return draft
+
+    def _draft_decodes(
+        self, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, free: int, may_preempt: bool
+    ) -> _Draft | None:
+        draft = _Draft(growing_slots=self._growing_slots(batch))
+        spare = free - len(draft.growing_slots)
+        any_running = bool((batch.positions >= 0).any())
+        if spare >= 0:
+            draft.num_joins = self._num_joins(batch, spare)
+        stuck = (
+            not any_running and draft.num_joins == 0 and not self.decodes_queue.empty() and not _slots(batch).empty()
+        )
+        draft.run_decodes = any_running or draft.num_joins > 0
+        if spare >= 0 and not stuck:
+            return draft
+        if not may_preempt:
+            return None
+        if self.policy.preemption == "none":
+            raise NotImplementedError(
+                f"decodes need {max(len(draft.growing_slots), 1)} pages and {free} of "
+                f"{self.manager.metadata.num_pages_per_layer - 1} are free: evicting a sequence needs "
+                f"preemption 'recompute'; this policy says 'none'"
+            )
+        return self._draft_preemption(active, batch, free)
+
+    def _draft_preemption(self, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, free: int) -> _Draft:
+        """Choose the newest holders, one by one, until the decodes that are left have the pages they need."""
+        draft = _Draft(run_decodes=True, growing_slots=self._growing_slots(batch))
+        growing = set(draft.growing_slots)
+        running = [task for _, task in sorted(_map(batch).items())]
+        queued = list(self.decodes_queue)
+        holders: list[Holder] = [*running, *queued]
+        if active is not None:
+            holders.append(active)
+        for victim in sorted(holders, key=_order, reverse=True):
+            draft.victims.append(victim)
+            free += len(_pages_of(victim))
+            if isinstance(victim, GenerationStepTask):
+                (running if victim in running else queued).remove(victim)
+                growing.discard(victim.slot)
+            # Something must be left to run: a running decode, or a queued one that a page now lets in.
+            if free >= len(growing) and (running or (queued and free > 0)):
+                break
+        else:
+            raise RuntimeError(f"no sequence can run: {free} free pages and nobody left to preempt")
+        draft.growing_slots = sorted(growing)
+        if not running:
+            draft.num_joins = 1
+        return draft
+
+    def _growing_slots(self, batch: ActiveSequenceBatch) -> list[int]:
+        """Slots whose next token falls on a logical page that they do not have yet, ascending."""
+        page_size = self.manager.page_size
+        positions = batch.positions
+        at_edge = np.flatnonzero((positions % page_size == 0) & (positions >= 0))
+        if not len(at_edge):
+            return []
+        held = batch.page_table[at_edge, positions[at_edge] // page_size]
+        return at_edge[held == DUMMY_PAGE].tolist()
+
+    def _first_tasks(self, count: int) -> list[GenerationStepTask]:
+        return [task for task, _ in zip(self.decodes_queue, range(count), strict=False)]
+
+    def _lacks_page(self, task: GenerationStepTask) -> bool:
+        return task.position >= len(task.page_indices) * self.manager.page_size
+
+    def _num_joins(self, batch: ActiveSequenceBatch, spare: int) -> int:
+        """How many queued decodes, first come first served, find a slot and the page that they may need."""
+        if self.decodes_queue.empty():
+            return 0
+        joins = 0
+        for task in self._first_tasks(_slots(batch).qsize()):
+            spare -= self._lacks_page(task)
+            if spare < 0:
+                break
+            joins += 1
+        return joins
+
+    def _draft_prefill(
+        self, draft: _Draft, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, free: int
+    ) -> _Draft:
+        """Add the next prefill chunk to the draft, where its pages and a slot to come are free."""
+        if active is not None:
+            missing = self._chunk_pages(active) - len(_pages_of(active))
+            if missing <= free:
+                draft.prefill, draft.num_prefill_pages = active, missing
+        elif not self.prefill_queue.empty() and _slots(batch).qsize() > self.decodes_queue.qsize():
+            head = self.prefill_queue.peek()
+            if self.manager.pages_for(_num_prompt_tokens(head)) <= free:
+                draft.prefill, draft.prefill_is_new, draft.num_prefill_pages = head, True, self._chunk_pages(head)
+        return draft
+
+    def _chunk_pages(self, request: InitialSequenceRequest) -> int:
+        """Pages that the request holds once its next chunk has run."""
+        assert request.chunk_idx is not None
+        assert request.chunk_size is not None
+        end = (request.chunk_idx + 1) * request.chunk_size
+        return self.manager.pages_for(min(end, _num_prompt_tokens(request)))
+
+    # Committing: cannot fail.
+
+    def _commit(self, draft: _Draft, batch: ActiveSequenceBatch) -> NextIterationPlan:
+        self.decode_wait = self.decode_wait + 1 if draft.decodes_wait else 0
+        self.prefill_wait = self.prefill_wait + 1 if draft.prefill_waits else 0
+        preempted, released = self._evict(draft.victims, batch)
+        updates = self._grow(draft.growing_slots, batch) if draft.run_decodes else []
+        joined = self._join(draft.num_joins, batch) if draft.run_decodes else []
+        pages: list[int] = []
+        prefill = self._no_prefill
+        if draft.prefill is not None:
+            request = self.prefill_queue.get_nowait() if draft.prefill_is_new else draft.prefill
+            pages = self.manager.alloc_hbm_pages(draft.num_prefill_pages)
+            first = len(_pages_of(request))
+            request.page_indices[first : first + len(pages)] = pages
+            prefill = request
+        return NextIterationPlan(
+            prefill_request=prefill,
+            schedule_prefill=draft.prefill is not None,
+            schedule_decodes=draft.run_decodes,
+            prefill_pages_update=AllocatedPrefillPages(pages),
+            new_decodes_requests=joined,
+            decodes_state_page_updates=updates,
+            preempted=preempted,
+            released_slots=released,
+        )
+
+    def _evict(self, victims: list[Holder], batch: ActiveSequenceBatch) -> tuple[list[str | int], list[int]]:
+        """Take the pages and slots of the victims; return their ids and the slots, newest victim first."""
+        slots: list[int] = []
+        for victim in victims:
+            if isinstance(victim, GenerationStepTask):
+                if _map(batch).get(victim.slot) is victim:
+                    slots.append(victim.slot)
+                    release_slot(batch, victim.slot)
+                else:
+                    self.decodes_queue.remove(victim)
+            self.manager.free_hbm_pages(_pages_of(victim))
+        return [_id(victim) for victim in victims], slots
+
+    def _grow(self, slots: list[int], batch: ActiveSequenceBatch) -> list[SlotPageAssignment]:
+        pages = self.manager.alloc_hbm_pages(len(slots))
+        updates: list[SlotPageAssignment] = []
+        for slot, page in zip(slots, pages, strict=True):
+            task = _map(batch)[slot]
+            logical = len(task.page_indices)
+            task.page_indices.append(page)
+            batch.page_table[slot, logical] = page
+            updates.append(SlotPageAssignment(slot, logical, page))
+        return updates
+
+    def _join(self, count: int, batch: ActiveSequenceBatch) -> list[GenerationStepTask]:
+        joined: list[GenerationStepTask] = []
+        for _ in range(count):
+            task = self.decodes_queue.get_nowait()
+            if self._lacks_page(task):
+                task.page_indices.extend(self.manager.alloc_hbm_pages(1))
+            task.slot = _slots(batch).get_nowait()
+            batch.insert_from_task(task.slot, task)
+            _map(batch)[task.slot] = task
+            joined.append(task)
+        return joined
+
+
+def release_slot(batch: ActiveSequenceBatch, slot: int) -> None:
+    """Give a slot of the host batch back: no position, an all-dummy row, free for the next decode."""
+    batch.positions[slot] = -1
+    batch.page_table[slot] = DUMMY_PAGE
+    del _map(batch)[slot]
+    _slots(batch).put(slot)
+
+
+def _slots(batch: ActiveSequenceBatch) -> Fifo[int]:
+    assert batch.available_slots is not None, "the scheduler needs a host batch: ActiveSequenceBatch.init_numpy"
+    return batch.available_slots
+
+
+def _map(batch: ActiveSequenceBatch) -> dict[int, GenerationStepTask]:
+    assert batch.active_slot_requests_map is not None, (
+        "the scheduler needs a host batch: ActiveSequenceBatch.init_numpy"
+    )
+    return batch.active_slot_requests_map
+
+
+def _id(holder: Holder) -> str | int:
+    assert holder.id is not None
+    return holder.id
+
+
+def _order(holder: Holder) -> int:
+    assert holder.order is not None, f"request {holder.id!r} carries no submission order, so no victim can be chosen"
+    return holder.order
+
+
+def _num_prompt_tokens(request: InitialSequenceRequest) -> int:
+    assert request.prompt_token_ids is not None
+    return len(request.prompt_token_ids)
+
+
+def _pages_of(holder: Holder) -> list[int]:
+    if isinstance(holder, GenerationStepTask):
+        return holder.page_indices
+    return holder.page_indices[holder.page_indices != DUMMY_PAGE].tolist()

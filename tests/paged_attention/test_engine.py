@@ -1,0 +1,414 @@
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_attention.plan import EOS_TOKEN, Request, StepOutcome
+from tests.paged_attention.harness import World, is_pristine, make_engine, make_request
+
+
+def expected_tokens(request: Request, max_sequences: int, eos_at: int | None = None) -> list[int]:
+    """What a request yields, by the rules alone."""
+    length = len(request.prompt)
+    count = min(request.max_tokens, max_sequences - length + 1)
+    positions = range(length, length + count)
+    tokens = [1000 * request.id + position for position in positions]
+    if eos_at is not None and eos_at in positions:
+        tokens = [*tokens[: eos_at - length], EOS_TOKEN]
+    return tokens
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_request_yields_its_tokens_and_leaves_nothing_behind(lag: int):
+    world = World(make_engine(lag=lag))
+    request = make_request(7, prompt=5, max_tokens=6)
+    world.submit(request)
+    world.drain()
+    assert world.tokens[7] == expected_tokens(request, 16)
+    assert [e.reason for e in world.effects if e.kind == "ended"] == ["max_tokens"]
+    assert is_pristine(world.engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "reason"), [(16, 5, "length"), (14, 9, "length"), (14, 3, "max_tokens")]
+)
+def test_seed_06_a_sequence_that_reaches_the_maximum_ends_by_length(prompt: int, max_tokens: int, reason: str):
+    world = World(make_engine(max_sequences=16))
+    request = make_request(0, prompt, max_tokens)
+    world.submit(request)
+    world.drain()
+    assert world.tokens[0] == expected_tokens(request, 16)
+    assert [e.reason for e in world.effects if e.kind == "ended"] == [reason]
+    assert max(int((plan.start + plan.count).max()) for plan in world.plans) <= 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        (17, 1, "the prompt has 17 tokens and a sequence at most 16"),
+        (9, 4, "its prompt of 9 and its 4 new tokens need 6 pages; the pool has 5"),
+        (0, 1, "the prompt is empty"),
+        (1, 0, "max_tokens is 0"),
+    ],
+)
+def test_seed_07_08_24_what_can_never_run_is_refused_and_nothing_changes(prompt: int, max_tokens: int, message: str):
+    engine = make_engine(num_pages=6, page_size=2, max_sequences=16)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(make_request(0, prompt, max_tokens))
+    assert not engine.pending()
+    assert is_pristine(engine)
+
+
+def test_seed_07_what_just_fits_runs():
+    world = World(make_engine(num_pages=6, page_size=2, max_sequences=16))
+    world.submit(make_request(0, prompt=9, max_tokens=2))
+    world.drain()
+    assert len(world.tokens[0]) == 2
+
+
+def test_an_id_in_use_is_refused():
+    engine = make_engine()
+    engine.submit(make_request(3))
+    with pytest.raises(ValueError, match="request 3: that id belongs to an unfinished request"):
+        engine.submit(make_request(3))
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_seed_08_a_request_yields_exactly_max_tokens(lag: int, max_tokens: int):
+    world = World(make_engine(lag=lag))
+    world.submit(*(make_request(i, 3, max_tokens) for i in range(5)))
+    world.drain()
+    assert {r: len(t) for r, t in world.tokens.items()} == dict.fromkeys(range(5), max_tokens)
+
+
+def test_seed_13_a_chunk_that_ends_inside_a_page_is_continued_there():
+    world = World(make_engine(prefill_chunk=3, page_size=2, max_sequences=16))
+    world.submit(make_request(0, prompt=8, max_tokens=1))
+    world.drain()
+    assert [(int(p.start[0]), int(p.count[0]), p.table[0].tolist()) for p in world.plans] == [
+        (0, 3, [1, 2]),
+        (3, 3, [1, 2, 3]),
+        (6, 2, [1, 2, 3, 4]),
+    ]
+
+
+def test_seed_14_one_free_page_and_one_sequence_in_need_is_enough():
+    world = World(make_engine(batch_size=2, num_pages=6, page_size=2, preemption="none"))
+    world.submit(make_request(0, prompt=2, max_tokens=3), make_request(1, prompt=3, max_tokens=2))
+    world.drain()
+    assert {r: len(t) for r, t in world.tokens.items()} == {0: 3, 1: 2}
+    grown = [e for e in world.effects if e.kind == "allocated" and e.first_page > 0]
+    assert [(e.request, len(e.pages)) for e in grown] == [(0, 1)]
+
+
+def starved(preemption: str) -> World:
+    """Two sequences of which either fits alone, but not both."""
+    world = World(make_engine(batch_size=2, num_pages=6, page_size=2, preemption=preemption))
+    world.submit(make_request(0, prompt=3, max_tokens=6), make_request(1, prompt=3, max_tokens=6))
+    return world
+
+
+def test_seed_15_16_without_preemption_a_want_of_pages_raises_and_changes_nothing():
+    world = starved("none")
+    with pytest.raises(NotImplementedError, match="preemption 'recompute'"):
+        world.drain()
+    before, queues = world.engine.snapshot(), dict(world.engine.pending())
+    with pytest.raises(NotImplementedError):
+        world.engine.plan()
+    after = world.engine.snapshot()
+    assert after.free.tolist() == before.free.tolist()
+    assert (after.rows == before.rows).all()
+    assert (after.positions == before.positions).all()
+    assert dict(world.engine.pending()) == queues
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_seed_16_with_recompute_the_newest_is_preempted_and_both_finish_with_their_tokens(lag: int):
+    world = starved("recompute")
+    world.engine.lag = lag
+    world.drain()
+    assert world.count("preempted", 1) >= 1
+    assert world.count("preempted", 0) == 0
+    for request in (0, 1):
+        assert world.tokens[request] == expected_tokens(make_request(request, 3, 6), 16)
+    assert is_pristine(world.engine)
+
+
+def test_a_preempted_sequence_feeds_its_prompt_and_what_it_has_generated():
+    world = starved("recompute")
+    world.drain()
+    chunks = [p.tokens[: p.count[0]] for p in world.plans if p.slot[0] == -1 and p.admission[0] == 2]
+    fed = np.concatenate(chunks).tolist()
+    generated = fed[3:]
+    assert fed[:3] == [1, 2, 3]
+    assert generated
+    assert generated == [1003, 1004, 1005, 1006, 1007][: len(generated)]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("by_eos", [True, False])
+def test_seed_17_a_request_that_completes_at_its_prefill_never_decodes(lag: int, by_eos: bool):
+    world = World(make_engine(lag=lag), eos_at={0: 3} if by_eos else {})
+    world.submit(make_request(0, prompt=3, max_tokens=5 if by_eos else 1))
+    world.drain()
+    assert len(world.tokens[0]) == 1
+    if lag == 0 or not by_eos:
+        assert world.count("joined") == 0
+    assert is_pristine(world.engine)
+
+
+def test_seed_20_nothing_to_do_plans_nothing():
+    engine = make_engine()
+    assert engine.plan() is None
+    assert is_pristine(engine)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("steps", range(9))
+def test_seed_22_a_request_can_be_cancelled_in_every_state_and_frees_once(lag: int, steps: int):
+    world = World(make_engine(lag=lag, prefill_chunk=2))
+    world.submit(make_request(0, prompt=5, max_tokens=4), make_request(1, prompt=5, max_tokens=4))
+    for _ in range(steps):
+        world.plan()
+        if len(world.flights) > lag:
+            world.apply()
+    world.cancel(1)
+    world.cancel(1)
+    world.cancel(99)
+    world.drain()
+    assert world.tokens[0] == expected_tokens(make_request(0, 5, 4), 16)
+    assert world.count("freed", 1) <= 1
+    assert is_pristine(world.engine)
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_pages_that_a_step_in_flight_may_touch_wait_behind_the_fence(lag: int):
+    world = World(make_engine(lag=lag))
+    world.submit(make_request(0, prompt=4, max_tokens=8))
+    world.plan()
+    world.cancel(0)
+    snapshot = world.engine.snapshot()
+    assert snapshot.fenced.tolist() == [1, 2]
+    assert not set(snapshot.free.tolist()) & {1, 2}
+    assert [e.kind for e in world.apply()] == ["unfenced"]
+    assert is_pristine(world.engine)
+
+
+def test_seed_21_shutting_down_gives_every_page_and_slot_back():
+    world = World(make_engine(lag=1))
+    world.submit(*(make_request(i, 5, 4) for i in range(6)))
+    for _ in range(4):
+        world.step()
+    world.effects += world.engine.shutdown()
+    with pytest.raises(ValueError, match="shut down"):
+        world.engine.submit(make_request(9))
+    world.drain()
+    assert is_pristine(world.engine)
+
+
+def test_seed_04_an_outcome_belongs_to_who_ran_and_not_to_who_sits_in_the_slot_now():
+    world = World(make_engine(batch_size=1, lag=1))
+    world.submit(make_request(0, prompt=1, max_tokens=9), make_request(1, prompt=1, max_tokens=3))
+    for _ in range(3):
+        world.step()
+    world.cancel(0)
+    world.drain()
+    assert world.tokens[1] == expected_tokens(make_request(1, 1, 3), 16)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_outcome_out_of_order_or_of_the_wrong_size_is_refused(step: int):
+    world = World(make_engine(lag=1))
+    world.submit(make_request(0))
+    world.plan()
+    with pytest.raises(ValueError, match="the oldest step in flight is 0"):
+        world.engine.apply(StepOutcome(step, np.zeros(1, np.int32), np.zeros(1, np.int32)))
+    with pytest.raises(ValueError, match="1 rows were planned, found 2 tokens"):
+        world.engine.apply(StepOutcome(0, np.zeros(2, np.int32), np.zeros(2, np.int32)))
+
+
+@pytest.mark.parametrize(("mix", "max_wait"), [("prefill_first", 0), ("prefill_first", 2), ("decode_first", 2)])
+def test_seed_23_neither_side_waits_longer_than_the_bound(mix: str, max_wait: int):
+    engine = make_engine(
+        batch_size=4, num_pages=60, mix=mix, max_decode_wait=max_wait, max_prefill_wait=max_wait, prefill_chunk=2
+    )
+    world = World(engine)
+    world.submit(*(make_request(i, prompt=9, max_tokens=8) for i in range(8)))
+    waited, most = 0, 0
+    for _ in range(400):
+        had_decodes = bool((engine.batch.positions >= 0).any())
+        plan = world.plan()
+        if plan is None:
+            break
+        ran = plan.slot != -1 if mix == "prefill_first" else plan.slot == -1
+        could = had_decodes if mix == "prefill_first" else bool(len(world.engine.snapshot().queues["prefill"]))
+        waited = waited + 1 if could and not ran.any() else 0
+        most = max(most, waited)
+        world.apply()
+    assert most == max_wait
+    assert not engine.pending()
+
+
+def test_seed_27_two_engines_do_not_share_a_lock():
+    first, second = make_engine(), make_engine()
+    assert first.batch.context_lock is not second.batch.context_lock
+    with first.batch.context_lock:
+        second.submit(make_request(0))
+        assert second.plan() is not None
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_seed_32_the_queue_between_prefill_and_decode_never_outgrows_the_slots(lag: int):
+    world = World(make_engine(batch_size=2, num_pages=60, lag=lag))
+    world.submit(*(make_request(i, prompt=2, max_tokens=6) for i in range(12)))
+    for _ in range(200):
+        if not world.step():
+            break
+        snapshot = world.engine.snapshot()
+        assert len(snapshot.queues["joining"]) + len(snapshot.slot_of) <= 2
+    assert len(world.tokens) == 12
+
+
+def test_admission_is_first_come_first_served():
+    world = World(make_engine(num_pages=8))
+    world.submit(*(make_request(i, prompt=2 + i % 5, max_tokens=5) for i in range(10)))
+    world.drain()
+    first = [e.request for e in world.effects if e.kind == "admitted" and e.admission == 1]
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_an_abandoned_step_is_planned_again_with_the_same_rows(lag: int):
+    world = World(make_engine(lag=lag, prefill_chunk=3))
+    world.submit(*(make_request(i, prompt=5, max_tokens=4) for i in range(3)))
+    for _ in range(30):
+        plan = world.engine.plan()
+        if plan is not None:
+            world.effects += plan.effects
+            world.effects += world.engine.abandon(plan.step)
+            again = world.plan()
+            assert again is not None
+            for name in ("request", "start", "count", "samples", "tokens", "table"):
+                assert getattr(again, name).tolist() == getattr(plan, name).tolist(), name
+            told = {t.id for t in plan.native.new_decodes_requests}
+            assert told <= {t.id for t in again.native.new_decodes_requests}
+        if len(world.flights) > lag or plan is None:
+            if not world.flights:
+                break
+            world.apply()
+    for request in range(3):
+        assert world.tokens[request] == expected_tokens(make_request(request, 5, 4), 16)
+    assert is_pristine(world.engine)
+
+
+def test_only_the_newest_plan_can_be_abandoned():
+    world = World(make_engine(lag=1))
+    world.submit(make_request(0))
+    world.plan()
+    world.plan()
+    with pytest.raises(ValueError, match="step 0 cannot be abandoned"):
+        world.engine.abandon(0)
+    world.apply()
+    with pytest.raises(ValueError, match="step 1 cannot be abandoned"):
+        world.engine.abandon(1)
+
+
+def test_a_fork_goes_its_own_way():
+    world = World(make_engine(lag=1))
+    world.submit(*(make_request(i, 5, 4) for i in range(3)))
+    world.step()
+    fork = world.engine.fork()
+    expected, found = world.engine.plan(), fork.plan()
+    assert found is not None
+    assert expected is not None
+    assert found.table.tolist() == expected.table.tolist()
+    fork.shutdown()
+    assert set(world.engine.pending()) == {0, 1, 2}
+
+
+def test_submit_and_cancel_from_other_threads_while_the_loop_runs():
+    world = World(make_engine(batch_size=4, num_pages=40, lag=1))
+    done = threading.Event()
+
+    def client(base: int) -> None:
+        for i in range(40):
+            world.engine.submit(make_request(base + i, prompt=3, max_tokens=3))
+            if i % 3 == 0:
+                world.engine.cancel(base + i)
+
+    threads = [threading.Thread(target=client, args=(base,)) for base in (0, 100, 200)]
+    for thread in threads:
+        thread.start()
+    waiter = threading.Thread(target=lambda: ([t.join() for t in threads], done.set()))
+    waiter.start()
+    while not done.is_set() or world.engine.pending():
+        world.step()
+    waiter.join()
+    world.drain()
+    assert is_pristine(world.engine)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[World, list[Request]]:
+    page_size = draw(st.sampled_from([1, 2, 3, 4]))
+    num_pages = draw(st.integers(2, 12))
+    longest = draw(st.integers(1, 14))
+    engine = make_engine(
+        batch_size=draw(st.integers(1, 4)),
+        page_size=page_size,
+        num_pages=num_pages,
+        max_sequences=longest,
+        prefill_chunk=draw(st.integers(1, 6)),
+        lag=draw(st.integers(0, 2)),
+        mix=draw(st.sampled_from(["mixed", "prefill_first", "decode_first"])),
+        max_decode_wait=draw(st.integers(0, 2)),
+        max_prefill_wait=draw(st.integers(0, 2)),
+    )
+    requests = [
+        make_request(i, draw(st.integers(1, 9)), draw(st.integers(1, 9))) for i in range(draw(st.integers(1, 6)))
+    ]
+    fitting = [
+        r
+        for r in requests
+        if len(r.prompt) <= longest and min(len(r.prompt) + r.max_tokens - 1, longest) <= (num_pages - 1) * page_size
+    ]
+    eos_at = {r.id: draw(st.integers(len(r.prompt), len(r.prompt) + 8)) for r in fitting if draw(st.booleans())}
+    return World(engine, eos_at), fitting
+
+
+@given(worlds(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_request_yields_its_own_tokens_whatever_happens_to_the_others(
+    made: tuple[World, list[Request]], data: st.DataObject
+):
+    world, requests = made
+    engine = world.engine
+    to_come, cancelled = list(requests), set()
+    for op in data.draw(st.lists(st.sampled_from("spppaaaxcf"), max_size=60)):
+        if op == "s" and to_come:
+            world.submit(to_come.pop(0))
+        elif op == "p":
+            world.plan()
+        elif op == "a" and world.flights:
+            world.apply()
+        elif op == "c" and requests:
+            victim = data.draw(st.sampled_from(requests)).id
+            if victim in engine.pending():
+                cancelled.add(victim)
+            world.cancel(victim)
+        elif op == "x":
+            plan = engine.plan()
+            if plan is not None:
+                world.effects += [*plan.effects, *engine.abandon(plan.step)]
+        elif op == "f":
+            world.engine = engine = engine.fork()
+    world.submit(*to_come)
+    world.drain()
+    for request in requests:
+        expected = expected_tokens(request, engine.metadata.max_sequences, world.eos_at.get(request.id))
+        found = world.tokens.get(request.id, [])
+        assert found == (expected if request.id not in cancelled else expected[: len(found)])
+    assert is_pristine(engine)

@@ -1,0 +1,160 @@
+"""The oracle: executes the rows of a plan in plain NumPy, slowly and obviously."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32, UInt32
+
+from backends.none import DoneStep
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
+from backends.words import (
+    KINDS,
+    ONE_BITS,
+    check_places,
+    check_plan,
+    lane_words,
+    poison_scale,
+    poison_word,
+    read_lane,
+    stored_dtype,
+)
+from paged_attention.fingerprint import WORD_MASK, kv_id, salts, token, words
+from paged_attention.plan import (
+    EOS_TOKEN,
+    UNKNOWN_TOKEN,
+    Evidence,
+    Ints,
+    ModelRows,
+    StepOutcome,
+    StepPlan,
+    WrongPlace,
+)
+
+
+class NumpyBackend:
+    """Holds raw words, axes (layers, K|V, heads, pages, page_size, head_dim), and what each slot last ran.
+
+    A slot that did not run in the newest step shows position -1 and an all-dummy row: plans don't say who merely waits.
+    """
+
+    def open(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
+        """Make a cache of zeros; the devices are not looked at. ValueError: the cache's dtypes make no sense."""
+        self._cache, self._model = cache, model
+        self._dtype = stored_dtype(cache)
+        self._salts = salts(cache.layers, cache.kv_heads, cache.head_dim)
+        places = (cache.layers, 2, cache.kv_heads, cache.num_pages, cache.page_size)
+        self._words = np.zeros((*places, cache.head_dim), WORD_MASK[self._dtype][0])
+        self._scales = np.zeros(places if cache.quantize else (0,), np.float32)
+        self._num_table_pages = -(-cache.max_sequence_length // cache.page_size)
+        self._ended: set[tuple[int, int]] = set()
+        self._clear_slots()
+
+    def execute(self, plan: StepPlan, rows: ModelRows) -> DoneStep:
+        """Write all rows, then read. ValueError: a page id outside the pool; nothing was written then."""
+        check_plan(plan, self._cache)
+        self._clear_slots()
+        token, eos = np.full(plan.num_rows, UNKNOWN_TOKEN, np.int32), np.zeros(plan.num_rows, np.int32)
+        admissions = list(zip(plan.request.tolist(), plan.admission.tolist(), strict=True))
+        alive = [row for row, admission in enumerate(admissions) if admission not in self._ended]
+        for row in alive:
+            self._write(plan, rows, row)
+        for row in range(plan.num_rows):
+            self._note_slot(plan, row, -1)
+        for row in alive:
+            end = int(plan.start[row] + plan.count[row])
+            if plan.samples[row]:
+                token[row], eos[row] = self._sample(plan, rows, row, end)
+            if eos[row]:
+                self._ended.add(admissions[row])
+            else:
+                self._note_slot(plan, row, end)
+        token.setflags(write=False)
+        eos.setflags(write=False)
+        return DoneStep(StepOutcome(plan.step, token, eos))
+
+    def _table_row(self, plan: StepPlan, row: int) -> Int32[np.ndarray, " pages"]:
+        pages = np.zeros(self._num_table_pages, np.int32)
+        pages[: plan.num_pages[row]] = plan.table[row, : plan.num_pages[row]]
+        return pages
+
+    def _write(self, plan: StepPlan, rows: ModelRows, row: int) -> None:
+        pages = self._table_row(plan, row)
+        for position in range(int(plan.start[row]), int(plan.start[row] + plan.count[row])):
+            page, offset = pages[position // self._cache.page_size], position % self._cache.page_size
+            identity = kv_id(rows.kv_base[row : row + 1], np.array([position]))
+            self._words[..., page, offset, :] = words(identity, self._salts, self._dtype)
+            if self._cache.quantize:
+                self._scales[..., page, offset] = 1
+
+    def _sample(self, plan: StepPlan, rows: ModelRows, row: int, end: int) -> tuple[int, bool]:
+        eos = end == rows.eos_position[row]
+        seed = rows.token_seed[row : row + 1]
+        scripted = EOS_TOKEN if eos else int(token(seed, np.array([end]), self._model.vocab_size)[0])
+        wrong = self._wrong_words(plan, rows, row, end) if self._model.kind == "reader" else 0
+        return scripted + wrong, bool(eos)
+
+    def _wrong_words(self, plan: StepPlan, rows: ModelRows, row: int, end: int) -> int:
+        position = np.arange(end)
+        page, offset = self._table_row(plan, row)[position // self._cache.page_size], position % self._cache.page_size
+        identity = kv_id(rows.kv_base[row], position)
+        wrong = 0
+        for nth in range(min(self._model.lanes, self._cache.head_dim)):
+            lane = read_lane(position, nth, self._cache.head_dim, self._dtype)
+            expected = lane_words(identity, self._salts[..., lane], lane, self._dtype)
+            wrong += np.count_nonzero(self._words[:, :, :, page, offset, lane] != expected)
+        return wrong
+
+    def _clear_slots(self) -> None:
+        self._positions = np.full(self._cache.batch_size, -1, np.int32)
+        self._rows = np.zeros((self._cache.batch_size, self._num_table_pages), np.int32)
+
+    def _note_slot(self, plan: StepPlan, row: int, position: int) -> None:
+        slot = plan.slot[row]
+        if slot >= 0:
+            self._positions[slot] = position
+            self._rows[slot] = self._table_row(plan, row)
+
+    def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
+        """Copies of the slots' state and of the pages' raw words."""
+        held = self._words[:, :, :, pages]
+        return Evidence(slots, self._positions[slots], self._rows[slots], pages, held[:, 0].copy(), held[:, 1].copy())
+
+    def verify(
+        self, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int = 8
+    ) -> tuple[WrongPlace, ...]:
+        """The first wrong places, by place, then layer, K before V, then head."""
+        check_places(pages, offsets, self._cache)
+        wrong: list[WrongPlace] = []
+        for page, offset, identity in zip(pages.tolist(), offsets.tolist(), kv_ids, strict=True):
+            found = self._words[:, :, :, page, offset]
+            expected = words(identity[None], self._salts, self._dtype)
+            if self._cache.quantize:
+                bits = self._scales[:, :, :, page, offset].view(np.uint32)
+                scale = np.full_like(bits, ONE_BITS if identity else 0)
+                found = np.concatenate([found, bits[..., None]], axis=-1)
+                expected = np.concatenate([expected, scale[..., None]], axis=-1)
+            for layer, kind, head in np.argwhere((found != expected).any(axis=-1)).tolist():
+                held, wanted = found[layer, kind, head], expected[layer, kind, head]
+                wrong.append(
+                    WrongPlace(layer, KINDS[kind], head, page, offset, tuple(held.tolist()), tuple(wanted.tolist()))
+                )
+                if len(wrong) == limit:
+                    return tuple(wrong)
+        return tuple(wrong)
+
+    def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
+        """Overwrite whole pages."""
+        self._words[:, :, :, pages] = poison_word(self._dtype, how)
+        if self._cache.quantize:
+            self._scales[:, :, :, pages] = poison_scale(how)
+
+    def describe(self) -> Mapping[str, str]:
+        """Name, platform and NumPy's version."""
+        return {"name": "numpy", "platform": "cpu", "device_kind": "numpy", "numpy": np.__version__}
+
+    def close(self) -> None:
+        """Give the cache back."""
+        del self._words, self._scales

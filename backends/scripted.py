@@ -1,0 +1,63 @@
+"""What the scripted models yield where nothing is read: which rows are dead, which token, and where the EOS stands."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt32
+from numpy import add, bitwise_xor, multiply, remainder, right_shift
+
+from paged_attention.fingerprint import GOLDEN, mix32
+from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, ModelRows, StepOutcome, StepPlan
+
+ONE, FIFTEEN, SIXTEEN, FIRST_FACTOR, SECOND_FACTOR = (
+    np.array(constant, np.uint32) for constant in (1, 15, 16, 0x7FEB352D, 0x846CA68B)
+)
+
+
+def dead_rows(plan: StepPlan, rows: ModelRows) -> Bool[np.ndarray, " rows"]:
+    """The rows of ended sequences: their EOS, which the host may not have seen yet, stands at or before `start`."""
+    return (rows.eos_position >= 0) & (plan.start >= rows.eos_position)
+
+
+class TokenScript:
+    """`fingerprint.token` for a whole step in a dozen array operations: what depends on the position is a table."""
+
+    def __init__(self, max_sequence_length: int, vocab_size: int) -> None:
+        positions = np.arange(max_sequence_length + 1, dtype=np.uint32)
+        self._mixed_position: UInt32[np.ndarray, " positions"] = mix32(positions + np.uint32(GOLDEN))
+        self._num_words = np.array(vocab_size - 1, np.uint32)
+
+    def tokens(
+        self, seed: UInt32[np.ndarray, " rows"], position: Int32[np.ndarray, " rows"]
+    ) -> Int32[np.ndarray, " rows"]:
+        """The token at each position of a request with this sampling seed."""
+        # mix32 written out, in place and with constants of rank 0: small arrays cost by the call, and this runs once a
+        # step.
+        x = self._mixed_position.take(position)
+        bitwise_xor(x, seed, out=x)
+        bitwise_xor(x, right_shift(x, SIXTEEN), out=x)
+        multiply(x, FIRST_FACTOR, out=x)
+        bitwise_xor(x, right_shift(x, FIFTEEN), out=x)
+        multiply(x, SECOND_FACTOR, out=x)
+        bitwise_xor(x, right_shift(x, SIXTEEN), out=x)
+        remainder(x, self._num_words, out=x)
+        add(x, ONE, out=x)
+        return x.view(np.int32)
+
+    def outcome(self, plan: StepPlan, rows: ModelRows) -> StepOutcome:
+        """What the step yields when nothing that it reads is wrong."""
+        position = plan.start + plan.count
+        token = self.tokens(rows.token_seed, position)
+        eos = np.zeros(len(token), np.int32)
+        if np.count_nonzero(rows.eos_position >= 0):
+            ends = position == rows.eos_position
+            token[ends] = EOS_TOKEN
+            eos[ends] = 1
+            silent = dead_rows(plan, rows) | (plan.samples == 0)
+            token[silent] = UNKNOWN_TOKEN
+            eos[silent] = 0
+        elif np.count_nonzero(plan.samples) < len(token):
+            token[plan.samples == 0] = UNKNOWN_TOKEN
+        token.setflags(write=False)
+        eos.setflags(write=False)
+        return StepOutcome(plan.step, token, eos)

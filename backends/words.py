@@ -1,0 +1,98 @@
+"""What every backend with a cache agrees on: the stored words, which of them the reader reads, and how they are spoilt.
+
+Arrays of stored words are unsigned integers. Where pages are quantised the int8 values are the words, and the float32
+scale of each token and head counts as one word more, its raw bits.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from backends.protocol import CacheSpec
+from paged_attention.fingerprint import WORD_MASK, words
+from paged_attention.plan import Ints, StepPlan
+
+KINDS: tuple[Literal["K", "V"], ...] = ("K", "V")
+ONE_BITS = int(np.float32(1).view(np.uint32))
+"""The scale of every fingerprint: lane 0 is 127."""
+
+
+def stored_dtype(cache: CacheSpec) -> str:
+    """The key of WORD_MASK by which the pages hold their words. ValueError: the cache's dtypes make no sense."""
+    if cache.dtype not in WORD_MASK:
+        raise ValueError(f"unknown cache dtype {cache.dtype!r}: expected one of {', '.join(WORD_MASK)}")
+    if not cache.quantize:
+        return cache.dtype
+    if np.dtype(cache.dtype).itemsize < 2:
+        raise ValueError(
+            f"a quantised cache takes bfloat16, float16 or float32 vectors, which hold -127..127 exactly: "
+            f"found dtype {cache.dtype!r}"
+        )
+    return "int8"
+
+
+def read_lane(position: Any, nth: int, head_dim: int, dtype: str, xp: ModuleType = np) -> Any:
+    """Which lane of each vector the reader reads as its nth: it rotates with the position.
+
+    Lane 0 of an int8 fingerprint is the same for all tokens, so that it is left out.
+    """
+    fixed = 1 if dtype == "int8" and head_dim > 1 else 0
+    return (fixed + (position + nth) % (head_dim - fixed)).astype(xp.int32)
+
+
+def lane_words(ids: Any, lane_salt: Any, lane: Any, dtype: str, xp: ModuleType = np) -> Any:
+    """`fingerprint.words` of one lane each: `lane_salt` is the salt of `lane`; ids, salts and lanes broadcast."""
+    if dtype != "int8":
+        return words(ids, lane_salt, dtype, xp)
+    # Lane 0 is the last axis' first: a lane other than 0 stands second.
+    ids, salt, lane = xp.broadcast_arrays(ids, lane_salt, lane)
+    pair = words(ids[..., None], xp.stack([salt, salt], axis=-1), dtype, xp)
+    return xp.where(lane == 0, pair[..., 0], pair[..., 1])
+
+
+def poison_word(dtype: str, how: Literal["nan", "big"]) -> int:
+    """The raw word of NaN, or of the largest finite value; for int8 -128 in both cases, which no fingerprint has."""
+    if dtype == "int8":
+        return 0x80
+    kind = np.dtype(dtype)
+    value = np.nan if how == "nan" else float(ml_dtypes.finfo(kind).max)
+    return int(np.array(value, kind).view(WORD_MASK[dtype][0]))
+
+
+def poison_scale(how: Literal["nan", "big"]) -> np.float32:
+    """What a quantised page's scales become."""
+    return np.float32(np.nan) if how == "nan" else np.finfo(np.float32).max
+
+
+def check_plan(plan: StepPlan, cache: CacheSpec) -> None:
+    """ValueError: a row names a page outside the pool, or reaches beyond the longest sequence; written is nothing."""
+    outside = (plan.table < 0) | (plan.table >= cache.num_pages)
+    if np.count_nonzero(outside):
+        row = int(outside.any(axis=1).argmax())
+        raise ValueError(
+            f"step {plan.step}, request {plan.request[row]}: page ids must lie in 0..{cache.num_pages - 1}, "
+            f"found {plan.table[row][outside[row]].tolist()[:8]}"
+        )
+    beyond = plan.start + plan.count > cache.max_sequence_length
+    if np.count_nonzero(beyond):
+        row = int(beyond.argmax())
+        raise ValueError(
+            f"step {plan.step}, request {plan.request[row]}: positions {plan.start[row]} to "
+            f"{plan.start[row] + plan.count[row] - 1} are to be written, but max_sequence_length is "
+            f"{cache.max_sequence_length}"
+        )
+
+
+def check_places(pages: Ints, offsets: Ints, cache: CacheSpec) -> None:
+    """ValueError: a place that is asked about lies outside the cache."""
+    outside = (pages < 0) | (pages >= cache.num_pages) | (offsets < 0) | (offsets >= cache.page_size)
+    if outside.any():
+        first = int(outside.argmax())
+        raise ValueError(
+            f"places must lie on pages 0..{cache.num_pages - 1} at offsets 0..{cache.page_size - 1}: "
+            f"found page {pages[first]}, offset {offsets[first]}"
+        )

@@ -1,0 +1,114 @@
+"""In which order the axes of a page pool lie, and how one reaches a place in it.
+
+Everything that depends on the order of the axes is here: writer, reader, verifier and sharding all go through a
+`Layout`. "Rest" below is (head_dim,) for vectors and () for per-token scales of a quantised pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Shaped
+
+Pages = Any
+"""One array of a pool: NumPy or JAX."""
+
+
+class Layout(Protocol):
+    """The order of the axes heads, pages, page (offsets within a page) and head_dim; a hashable value."""
+
+    @property
+    def name(self) -> str:
+        """What a scenario calls it."""
+        ...
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names, first to last."""
+        ...
+
+    def shape(self, heads: int, pages: int, page: int, head_dim: int) -> tuple[int, ...]:
+        """Shape of a pool."""
+        ...
+
+    def num_pages(self, pool: Pages) -> int:
+        """Number of pages of a pool."""
+        ...
+
+    def index(self, page: Any, offset: Any) -> tuple[Any, ...]:
+        """What to index a pool with to reach places, given arrays of page ids and offsets of one shape."""
+        ...
+
+    def from_tokens(self, tokens: Shaped[np.ndarray, "tokens heads *rest"]) -> Any:
+        """Token-first vectors in the axis order that `pool[index(page, offset)]` has."""
+        ...
+
+    def to_tokens(self, places: Any) -> Any:
+        """The inverse of `from_tokens`."""
+        ...
+
+    def read_page(self, pool: Pages, page: Any) -> Any:
+        """One whole page as (page_size, heads, *rest); `page` may be traced."""
+        ...
+
+    def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
+        """A pool with one whole page replaced by `tokens` (page_size, heads, *rest), under `jax.jit`."""
+        ...
+
+    def read_lane(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
+        """One word of every head at each place: (heads, *places), for index arrays that broadcast together."""
+        ...
+
+
+class HeadsFirst:
+    """(heads, pages, page, head_dim): each head's pages lie together, as Pallas' paged attention kernels want them."""
+
+    name = "heads_first"
+    axes = ("heads", "pages", "page", "head_dim")
+
+    def shape(self, heads: int, pages: int, page: int, head_dim: int) -> tuple[int, ...]:
+        """Shape of a pool."""
+        return (heads, pages, page, head_dim)
+
+    def num_pages(self, pool: Pages) -> int:
+        """Number of pages of a pool."""
+        return int(pool.shape[1])
+
+    def index(self, page: Any, offset: Any) -> tuple[Any, ...]:
+        """Index of places in a pool."""
+        return (slice(None), page, offset)
+
+    def from_tokens(self, tokens: Any) -> Any:
+        """(tokens, heads, *rest) to (heads, tokens, *rest)."""
+        return tokens.swapaxes(0, 1)
+
+    def to_tokens(self, places: Any) -> Any:
+        """(heads, tokens, *rest) to (tokens, heads, *rest)."""
+        return places.swapaxes(0, 1)
+
+    def read_page(self, pool: Pages, page: Any) -> Any:
+        """One whole page as (page_size, heads, *rest)."""
+        from jax import lax
+
+        return lax.dynamic_index_in_dim(pool, page, axis=1, keepdims=False).swapaxes(0, 1)
+
+    def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
+        """A pool with one whole page replaced."""
+        from jax import lax
+
+        return lax.dynamic_update_slice_in_dim(pool, tokens.swapaxes(0, 1)[:, None], page, axis=1)
+
+    def read_lane(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
+        """One word of every head at each place."""
+        heads, num_pages, page_size, head_dim = pool.shape
+        if num_pages * page_size * head_dim > np.iinfo(np.int32).max:
+            return pool.at[:, page, offset, lane].get(mode="promise_in_bounds")
+        # One flat index a place costs half of what three do on the CPU; heads stay apart, they may be sharded.
+        place = (page * page_size + offset) * head_dim + lane
+        return pool.reshape(heads, -1).at[:, place].get(mode="promise_in_bounds")
+
+
+HEADS_FIRST: Layout = HeadsFirst()
+LAYOUTS: dict[str, Layout] = {HEADS_FIRST.name: HEADS_FIRST}
+"""Every layout, by name."""

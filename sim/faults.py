@@ -1,0 +1,51 @@
+"""Faults of a scenario, ordered for the engine: which cancels and failed steps come before which step or time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sim.scenario.models import CancelFault, FailFault
+
+
+class FaultSchedule:
+    """Cancels and failed steps, each taken exactly once.
+
+    Steps are counted from 0 over all plans, failed ones included. A cancel at step k happens before step k is planned;
+    a failure at step k lets the plan be made and then never run.
+    """
+
+    def __init__(self, faults: Iterable[CancelFault | FailFault]) -> None:
+        self.cancels_at_ns: list[tuple[int, int]] = []
+        """(time in ns, request), by time; equal times keep the order of the scenario."""
+        self._cancels_at_step: dict[int, list[int]] = {}
+        self._failing_steps: set[int] = set()
+        self._failures_at_ns: list[int] = []
+        for fault in faults:
+            if isinstance(fault, CancelFault):
+                self._add_cancel(fault)
+            elif fault.at_step is not None:
+                self._failing_steps.add(fault.at_step)
+            elif fault.at_ns is not None:
+                self._failures_at_ns.append(fault.at_ns)
+        self.cancels_at_ns.sort(key=lambda timed: timed[0])
+        self._failures_at_ns.sort(reverse=True)
+
+    def _add_cancel(self, fault: CancelFault) -> None:
+        if fault.at_step is not None:
+            self._cancels_at_step.setdefault(fault.at_step, []).append(fault.request)
+        elif fault.at_ns is not None:
+            self.cancels_at_ns.append((fault.at_ns, fault.request))
+
+    def take_cancels(self, step: int) -> list[int]:
+        """Requests to cancel before `step` is planned."""
+        return self._cancels_at_step.pop(step, []) if self._cancels_at_step else []
+
+    def take_failure(self, step: int, now_ns: int) -> bool:
+        """Whether the step planned now fails."""
+        if step in self._failing_steps:
+            self._failing_steps.discard(step)
+            return True
+        if self._failures_at_ns and self._failures_at_ns[-1] <= now_ns:
+            self._failures_at_ns.pop()
+            return True
+        return False

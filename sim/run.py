@@ -1,0 +1,269 @@
+"""`run(scenario) -> Report`: one scenario from its parts to its verdict, with or without a folder on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec
+from backends.registry import make_backend
+from invariants.auditor import AuditConfig, Auditor
+from invariants.violation import Violation
+from sim.cores.protocol import CoreConfig, ServingCore
+from sim.cores.registry import core_factory
+from sim.cost_model import cost_model
+from sim.engine import Engine, PartError, Parts, Progress
+from sim.event_log import EventLog
+from sim.exit_codes import ExitCode
+from sim.expect import Check, check_expectations
+from sim.faults import FaultSchedule
+from sim.metrics import run_figures
+from sim.mutants import Mutant, find_mutant
+from sim.observer import Observer
+from sim.planlog import PlanLogWriter
+from sim.record import Recorder
+from sim.run_folder import SUMMARY_SCHEMA, write_failure, write_record, write_scenario
+from sim.scenario import Scenario, scenario_hash
+from sim.script import RequestScript
+from sim.workload import TraceError, concrete_faults, generate, prompt_tokens
+
+PACKAGES: Final = ("kvproof", "numpy", "jax", "jaxlib", "simpy")
+"""Whose versions a summary names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run showed."""
+
+    scenario: Scenario
+    summary: dict[str, Any]
+    violations: tuple[Violation, ...]
+    checks: tuple[Check, ...]
+    exit_code: ExitCode
+    recorder: Recorder = field(repr=False)
+    folder: Path | None = None
+
+    @property
+    def trace_hash(self) -> str:
+        """The rolling hash of everything that was planned, moved and yielded."""
+        return self.recorder.hash.hexdigest
+
+
+class _Clocks:
+    """Wall and CPU time of a run; they appear in the summary and nowhere in the simulation."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "duration_wall_seconds": time.perf_counter() - self._wall,
+            "duration_cpu_seconds": time.process_time() - self._cpu,
+        }
+
+
+def run(
+    scenario: Scenario,
+    *,
+    out: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    plan_log: Path | None = None,
+    audit: bool = True,
+) -> Report:
+    """Run a scenario.
+
+    `out` is an existing folder that takes the record; None: nothing is written. `progress` is called now and then.
+    `plan_log` is a file for `kvproof judge` (gzip where its name ends in .gz). With `audit` False nothing is checked.
+
+    UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. TraceError: the workload's file
+    is wrong. OSError: the disk does not take the record. A KeyboardInterrupt ends the run, and the report says so.
+    """
+    clocks = _Clocks()
+    mutant = find_mutant(scenario.plant) if scenario.plant else None
+    core = build_core(scenario, mutant)
+    workload = generate(scenario)
+    faults = FaultSchedule(concrete_faults(scenario))
+    if out is not None:
+        write_scenario(out, scenario)
+    backend = open_backend(scenario, mutant)
+    try:
+        recorder = Recorder(core.policy)
+        events = EventLog(recorder)
+        observers: list[Observer] = [events] if audit else []
+        with PlanLogWriter(plan_log, core.policy, scenario.model.vocab_size) as log:
+            observers += [log] if plan_log is not None else []
+            parts = Parts(
+                core=core,
+                backend=backend,
+                script=RequestScript(scenario, prompt_tokens),
+                cost=cost_model(scenario.cost),
+                workload=workload,
+                faults=faults,
+                recorder=recorder,
+                auditor=build_auditor(scenario, core) if audit else None,
+                observers=observers,
+            )
+            ending = _simulate(Engine(parts, stop_at_first=scenario.invariants.stop == "first", progress=progress))
+        described = dict(backend.describe())
+    finally:
+        backend.close()
+    summary = _summary(scenario, parts, ending, described)
+    report = _report(scenario, parts, ending, summary, out)
+    summary.update(clocks.figures())
+    if out is not None:
+        if report.violations or ending.crash:
+            write_failure(out, scenario, report.violations, ending.crash, events.lines(), recorder)
+        write_record(out, recorder, summary)
+    if ending.trace_error is not None:
+        raise ending.trace_error
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    end_ns: int
+    crash: str | None = None
+    """What a part under test raised."""
+    interrupted: bool = False
+    trace_error: TraceError | None = None
+
+
+def _simulate(engine: Engine) -> _Ending:
+    try:
+        engine.run()
+        engine.judge_end()
+    except KeyboardInterrupt:
+        return _Ending(engine.close(), interrupted=True)
+    except PartError as error:
+        return _Ending(engine.close(), crash=str(error))
+    except TraceError as error:
+        return _Ending(engine.close(), trace_error=error)
+    return _Ending(engine.close())
+
+
+def build_core(scenario: Scenario, mutant: Mutant | None = None) -> ServingCore:
+    """The core that the scenario asks for, with its planted bug. UnknownCoreError: there is none of that kind."""
+    core, cache = scenario.core, scenario.cache
+    built = core_factory(core.kind)(
+        CoreConfig(
+            batch_size=core.batch_size,
+            page_size=cache.page_size,
+            num_pages=cache.num_pages,
+            max_sequence_length=cache.max_sequence_length,
+            prefill_chunk=core.prefill_chunk,
+            lag=core.lag,
+            preemption=core.preemption,
+            mix=core.mix,
+            max_decode_wait=core.max_decode_wait,
+            max_prefill_wait=core.max_prefill_wait,
+            layers=cache.layers,
+            kv_heads=cache.kv_heads,
+            head_dim=cache.head_dim,
+            options=core.options,
+        )
+    )
+    return mutant.core(built) if mutant is not None and mutant.core is not None else built
+
+
+def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
+    """The opened backend, with its planted bug. BackendUnavailableError: it or its devices are not there."""
+    core, cache, settings = scenario.core, scenario.cache, scenario.backend
+    backend = make_backend(settings.kind)
+    if mutant is not None and mutant.backend is not None:
+        backend = mutant.backend(backend)
+    backend.open(
+        CacheSpec(
+            layers=cache.layers,
+            kv_heads=cache.kv_heads,
+            num_pages=cache.num_pages,
+            page_size=cache.page_size,
+            head_dim=cache.head_dim,
+            dtype=cache.dtype,
+            max_sequence_length=cache.max_sequence_length,
+            batch_size=core.batch_size,
+            prefill_chunk=core.prefill_chunk,
+            lag=core.lag,
+            layout=cache.layout,
+            writer=settings.writer,
+            quantize=cache.quantize,
+        ),
+        ModelSpec(scenario.model.kind, scenario.model.vocab_size, scenario.model.lanes),
+        DeviceSpec(settings.platform, dict(settings.mesh)),
+    )
+    return backend
+
+
+def build_auditor(scenario: Scenario, core: ServingCore) -> Auditor:
+    """The auditor that the scenario asks for."""
+    settings = scenario.invariants
+    config = AuditConfig(
+        every=settings.every,
+        full_every=settings.full_every,
+        device_every=settings.device_every,
+        only=None if settings.only is None else frozenset(settings.only),
+    )
+    return Auditor(core.policy, config, scenario.model.vocab_size)
+
+
+def _summary(scenario: Scenario, parts: Parts, ending: _Ending, described: dict[str, str]) -> dict[str, Any]:
+    auditor = parts.auditor
+    return {
+        "schema": SUMMARY_SCHEMA,
+        "name": scenario.name,
+        "clock": "simulated",
+        "seed": scenario.seed,
+        "scenario_hash": scenario_hash(scenario),
+        "versions": package_versions(),
+        "backend": scenario.backend.kind,
+        "device": described,
+        **run_figures(parts.recorder, ending.end_ns, parts.workload.skipped),
+        "invariants": auditor.counters() if auditor is not None else {},
+        "violations": [violation.to_json() for violation in auditor.violations] if auditor is not None else [],
+        "crash": ending.crash,
+    }
+
+
+def _report(scenario: Scenario, parts: Parts, ending: _Ending, summary: dict[str, Any], out: Path | None) -> Report:
+    checks = check_expectations(scenario.expect, summary)
+    exit_code, verdict = _verdict(checks, ending)
+    summary["expectations"] = [check.to_json() for check in checks]
+    summary["verdict"] = verdict
+    return Report(
+        scenario=scenario,
+        summary=summary,
+        violations=tuple(parts.auditor.violations) if parts.auditor is not None else (),
+        checks=checks,
+        exit_code=exit_code,
+        recorder=parts.recorder,
+        folder=out,
+    )
+
+
+def _verdict(checks: tuple[Check, ...], ending: _Ending) -> tuple[ExitCode, str]:
+    if ending.interrupted:
+        return ExitCode.INTERRUPTED, "interrupted"
+    if ending.trace_error is not None:
+        return ExitCode.USAGE, "trace wrong"
+    if ending.crash is not None:
+        return ExitCode.BROKE, "crashed"
+    missed = [check for check in checks if not check.held]
+    if any(not check.objective for check in missed):
+        return ExitCode.BROKE, "failed"
+    if missed:
+        return ExitCode.SLO, "objective missed"
+    return ExitCode.HELD, "held"
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a run."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,141 @@
+"""The folder of a run on disk: its files, its name, and how they are written and read back."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from invariants.violation import Violation
+from sim.record import NEVER, STATE_NAMES, Recorder
+from sim.scenario import Scenario, dump_scenario
+from sim.trace_hash import DIGEST_BYTES
+
+SCENARIO: Final = "scenario.yaml"
+SUMMARY: Final = "summary.json"
+REQUESTS: Final = "requests.jsonl"
+SERIES: Final = "series.npz"
+FAILURE: Final = "failure"
+VIOLATIONS: Final = "violations.json"
+EVENTS: Final = "events.txt"
+REPLAY: Final = "replay.txt"
+SUMMARY_SCHEMA: Final = "kvproof/summary-v1"
+_LINES_PER_WRITE: Final = 4096
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make `<name>-<utc>-<id>` below `parent`. OSError: it cannot be made."""
+    utc = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    folder = parent / f"{name}-{utc}-{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_scenario(folder: Path, scenario: Scenario) -> None:
+    """Write the resolved scenario. OSError: the folder does not take it."""
+    dump_scenario(scenario, folder / SCENARIO)
+
+
+def write_failure(
+    folder: Path,
+    scenario: Scenario,
+    violations: Sequence[Violation],
+    crash: str | None,
+    events: Sequence[str],
+    recorder: Recorder,
+) -> None:
+    """Write `failure/`: the scenario, what broke, the last events, and the command that replays it."""
+    failure = folder / FAILURE
+    failure.mkdir(exist_ok=True)
+    write_scenario(failure, scenario)
+    write_json(
+        failure / VIOLATIONS,
+        {
+            "violations": [violation.to_json() for violation in violations],
+            "crash": crash,
+            "steps": recorder.steps,
+            "trace_hash": recorder.hash.hexdigest,
+            "step_hashes": recorder.hash.step_digests.hex(),
+        },
+    )
+    (failure / EVENTS).write_text("\n".join(events) + "\n", encoding="utf-8")
+    (failure / REPLAY).write_text(f"kvproof replay {shlex.quote(str(failure))}\n", encoding="utf-8")
+
+
+def write_record(folder: Path, recorder: Recorder, summary: dict[str, Any]) -> None:
+    """Write requests, series and, last of all, the summary. OSError: the disk does not take them."""
+    with (folder / REQUESTS).open("w", encoding="utf-8") as file:
+        for lines in request_lines(recorder):
+            file.write(lines)
+    with (folder / SERIES).open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **series_arrays(recorder))
+    write_json(folder / SUMMARY, summary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, indented."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON value. OSError, json.JSONDecodeError (a ValueError)."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def request_lines(recorder: Recorder) -> Iterator[str]:
+    """requests.jsonl in pieces: one object per request, null for a time that never came."""
+    table = recorder.requests
+    for first in range(0, table.num_requests, _LINES_PER_WRITE):
+        rows = range(first, min(first + _LINES_PER_WRITE, table.num_requests))
+        yield "".join(json.dumps(_request(recorder, request)) + "\n" for request in rows)
+
+
+def _request(recorder: Recorder, request: int) -> dict[str, Any]:
+    table = recorder.requests
+    times = {
+        name: None if (value := int(getattr(table, name)[request])) == NEVER else value
+        for name in ("arrival_ns", "admitted_ns", "first_token_ns", "finish_ns")
+    }
+    return {
+        "id": request,
+        **times,
+        "prompt_tokens": int(table.prompt_tokens[request]),
+        "output_tokens": int(table.output_tokens[request]),
+        "state": STATE_NAMES[table.state[request]],
+        "reason": table.reason.get(request) or None,
+        "preemptions": int(table.preemptions[request]),
+    }
+
+
+def series_arrays(recorder: Recorder) -> dict[str, Any]:
+    """The arrays of series.npz; `step_hash` is the rolling hash after each completed step, as uint64."""
+    gaps = sorted(recorder.itl_gaps.items())
+    policy = recorder.policy
+    return {
+        **{name: np.frombuffer(column, np.int64) for name, column in recorder.series.items()},
+        "itl_gap_ns": np.array([gap for gap, _ in gaps], np.int64),
+        "itl_count": np.array([count for _, count in gaps], np.int64),
+        "page_time_ns": np.frombuffer(recorder.page_time_ns, np.int64),
+        "page_id": np.frombuffer(recorder.page_id, np.int32),
+        "page_owner": np.frombuffer(recorder.page_owner, np.int32),
+        "seg_request": np.frombuffer(recorder.seg_request, np.int32),
+        "seg_kind": np.frombuffer(recorder.seg_kind, np.int8),
+        "seg_start_ns": np.frombuffer(recorder.seg_start_ns, np.int64),
+        "seg_end_ns": np.frombuffer(recorder.seg_end_ns, np.int64),
+        "step_hash": np.frombuffer(bytes(recorder.hash.step_digests), f"<u{DIGEST_BYTES}"),
+        "num_pages": np.int64(policy.num_pages),
+        "page_size": np.int64(policy.page_size),
+        "batch_size": np.int64(policy.batch_size),
+    }
+
+
+def read_step_hashes(folder: Path) -> bytes:
+    """The digests of every completed step of a recorded run. OSError, KeyError, ValueError: no such record."""
+    with np.load(folder / SERIES, allow_pickle=False) as archive:
+        return archive["step_hash"].tobytes()

@@ -1,0 +1,80 @@
+"""What every request of a run is: its seed, its prompt, its limits, and where its EOS token stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Int32, UInt32
+
+from paged_attention.fingerprint import GOLDEN, kv_base, mix32
+from paged_attention.plan import ModelRows, Request, StepPlan
+from sim.scenario import Scenario
+from sim.workload.arrival import Arrival
+
+NO_EOS: Final = -1
+_BLOCK = 1024
+"""Seeds and bases are made for this many requests at a time: one call each in place of one per request."""
+
+PromptMaker = Callable[[int, int, int, int], Int32[np.ndarray, " prompt_tokens"]]
+"""(scenario seed, request id, length, vocab size) to token ids."""
+
+
+def request_seeds(seed: int, requests: Any) -> Any:
+    """The uint32 sampling seed of each request id: a function of the scenario seed and the id alone."""
+    folded = np.uint32((seed ^ (seed >> 32)) & 0xFFFFFFFF)
+    ids = np.asarray(requests).astype(np.uint32)
+    return mix32(mix32(ids + np.uint32(GOLDEN)) ^ folded)
+
+
+class RequestScript:
+    """Makes requests from arrivals, and from each plan the rows that its model computes."""
+
+    def __init__(self, scenario: Scenario, make_prompt: PromptMaker) -> None:
+        self._seed = scenario.seed
+        self._vocab_size = scenario.model.vocab_size
+        self._workload = scenario.workload
+        cache = scenario.cache
+        self._longest = min(cache.max_sequence_length, (cache.num_pages - 1) * cache.page_size)
+        self._make_prompt = make_prompt
+        self._bases: UInt32[np.ndarray, " capacity"] = np.zeros(0, np.uint32)
+        self._seeds: UInt32[np.ndarray, " capacity"] = np.zeros(0, np.uint32)
+        self._eos_position: Int32[np.ndarray, " capacity"] = np.zeros(0, np.int32)
+
+    def request(self, arrival: Arrival) -> Request:
+        """The request of an arrival.
+
+        Where outputs end by EOS, the token at position prompt + output - 1 is an EOS, and max_tokens leaves room up to
+        the longest sequence that fits; else max_tokens ends the output.
+        """
+        self._reserve(arrival.request)
+        max_tokens = arrival.output_tokens
+        if self._workload.end_by == "eos":
+            self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.output_tokens - 1
+            max_tokens = max(max_tokens, self._longest - arrival.prompt_tokens + 1)
+        prompt = self._make_prompt(self._seed, arrival.request, arrival.prompt_tokens, self._vocab_size)
+        return Request(
+            id=arrival.request,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=self._workload.temperature,
+            top_p=self._workload.top_p,
+            seed=int(self._seeds[arrival.request]),
+        )
+
+    def rows(self, plan: StepPlan) -> ModelRows:
+        """What the model computes for each row of a plan."""
+        request = plan.request
+        if np.count_nonzero(plan.admission == 1) == plan.num_rows:
+            bases = self._bases[request]
+        else:
+            bases = kv_base(request, plan.admission)
+        return ModelRows(bases, self._seeds[request], self._eos_position[request])
+
+    def _reserve(self, request: int) -> None:
+        while request >= len(self._bases):
+            ids = np.arange(len(self._bases), max(2 * len(self._bases), _BLOCK))
+            self._bases = np.concatenate((self._bases, kv_base(ids, np.ones_like(ids))))
+            self._seeds = np.concatenate((self._seeds, request_seeds(self._seed, ids)))
+            self._eos_position = np.concatenate((self._eos_position, np.full(len(ids), NO_EOS, np.int32)))

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from paged_attention.plan import StepPlan
-from sim.scenario.models import FixedCost, LinearCost, RooflineDevice, RooflineModel, Scenario
+from sim.scenario.models import CostSettings, FixedCost, LinearCost, RooflineDevice, RooflineModel
 
 BYTES_PER_WORD = 2
 """Weights and K/V in bfloat16."""
@@ -162,11 +162,11 @@ def _triangle(n: np.ndarray) -> np.ndarray:
     return n * (n + 1) // 2
 
 
-def cost_model(scenario: Scenario) -> CostModel:
+def cost_model(settings: CostSettings) -> CostModel:
     """The cost model that a scenario asks for."""
-    cost = scenario.cost
-    if isinstance(cost, FixedCost):
-        return Fixed(cost.step_ns)
-    if isinstance(cost, LinearCost):
-        return Linear(cost.base_ns, cost.per_token_ns)
-    return Roofline(DECODERS[cost.model], ACCELERATORS[cost.device], cost.tensor_parallel, cost.overhead_ns)
+    if isinstance(settings, FixedCost):
+        return Fixed(settings.step_ns)
+    if isinstance(settings, LinearCost):
+        return Linear(settings.base_ns, settings.per_token_ns)
+    decoder, accelerator = DECODERS[settings.model], ACCELERATORS[settings.device]
+    return Roofline(decoder, accelerator, settings.tensor_parallel, settings.overhead_ns)

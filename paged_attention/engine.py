@@ -38,9 +38,11 @@ from paged_attention.plan import (
 from paged_attention.requests import GenerationStepTask, InitialSequenceRequest, NextIterationPlan
 from paged_attention.rows import make_plan
 from paged_attention.sampling import SamplingParams
-from paged_attention.scheduler import InferenceScheduler, SchedulingPolicy, release_slot
+from paged_attention.scheduler import InferenceScheduler, SchedulingPolicy, release_slot, resume_slot, stop_slot
 from paged_attention.sequences import STATES, Flight, Sequence, Untold, grant, refusal
-from paged_attention.slots import NOBODY, SlotTable
+from paged_attention.slots import KEY, NOBODY, POSITION, SlotTable
+
+_NO_SLOTS = np.empty(0, np.intp)
 
 
 class PagedAttentionEngine:
@@ -242,17 +244,17 @@ class PagedAttentionEngine:
         slot, table = task.slot, self._slots
         sequence.state, sequence.slot = "running", slot
         self._in_slot[slot] = sequence
-        table.columns[:, slot] = (
-            sequence.request.id,
-            sequence.admission,
-            sequence.key,
-            task.position,
-            len(task.page_indices),
-            int(task.prefill_token_id),
-            sequence.limit - sequence.planned,
-            sequence.last_step,
+        table.join(
+            slot,
+            request=sequence.request.id,
+            admission=sequence.admission,
+            position=task.position,
+            num_pages=len(task.page_indices),
+            token=int(task.prefill_token_id),
+            key=sequence.key,
+            remaining=sequence.limit - sequence.planned,
+            last_step=sequence.last_step,
         )
-        table.history[slot, task.position] = int(task.prefill_token_id)
         return Effect("joined", sequence.request.id, sequence.admission, slot=slot)
 
     def _preempt(self, sequence: Sequence) -> list[Effect]:
@@ -280,52 +282,38 @@ class PagedAttentionEngine:
         """Make the plan's rows, and count them as run."""
         step, self._next_step = self._next_step, self._next_step + 1
         table = self._slots
-        told = self._tell(native)
-        slots = np.flatnonzero(table.position >= 0) if native.schedule_decodes else np.empty(0, np.intp)
-        columns = table.columns[:, slots]
+        slots = table.running() if native.schedule_decodes else _NO_SLOTS
+        columns = table.columns.take(slots, axis=1)
+        self._tell(native)
         prefilling = self._prefilling if native.schedule_prefill else None
-        plan = make_plan(step, slots, columns, self._page_table, prefilling, self.prefill_chunk, effects, told)
+        plan = make_plan(step, slots, columns, self._page_table, prefilling, self.prefill_chunk, effects, native)
         before = prefilling.last_step if prefilling else NOBODY
-        last_rows: list[Sequence] = self._count_decodes(step, slots, columns)
+        last_rows = self._count_decodes(step) if native.schedule_decodes else []
         if prefilling and self._count_prefill(step, prefilling, int(plan.count[0])):
             last_rows.append(prefilling)
         self._spent += last_rows
-        return Flight(plan, told, slots, columns, prefilling, before, last_rows, waits)
+        return Flight(plan, native, slots, columns, table.num_changes, prefilling, before, last_rows, waits)
 
-    def _tell(self, native: NextIterationPlan) -> NextIterationPlan:
-        """Give what the device must be told as a value, with what it has not been told before."""
+    def _tell(self, native: NextIterationPlan) -> None:
+        """Add to a plan, which nobody else has seen yet, what the device has not been told before."""
+        if not self._untold:
+            return
         untold, self._untold = self._untold, Untold()
         key, token = self._slots.key, self._slots.token
-        joins = [
+        native.released_slots[:0] = untold.releases
+        native.new_decodes_requests[:0] = [
             task.replace(prefill_token_id=token[task.slot]) for owner, task in untold.joins if key[task.slot] == owner
         ]
-        pages = [update for owner, update in untold.pages if key[update.slot] == owner]
-        joins += [task.replace(page_indices=list(task.page_indices)) for task in native.new_decodes_requests]
-        prefill = native.prefill_request
-        if native.schedule_prefill:
-            prefill = prefill.replace(page_indices=prefill.page_indices.copy())
-        return native.replace(
-            prefill_request=prefill,
-            new_decodes_requests=joins,
-            decodes_state_page_updates=pages + native.decodes_state_page_updates,
-            released_slots=untold.releases + native.released_slots,
-        )
+        native.decodes_state_page_updates[:0] = [update for owner, update in untold.pages if key[update.slot] == owner]
 
-    def _count_decodes(
-        self, step: int, slots: Int32[np.ndarray, " decode_rows"], columns: Int32[np.ndarray, "8 decode_rows"]
-    ) -> list[Sequence]:
+    def _count_decodes(self, step: int) -> list[Sequence]:
         """Move every decode on by one token; return those whose last row this is."""
-        table = self._slots
-        table.position[slots] += 1
-        table.remaining[slots] -= 1
-        table.token[slots] = UNKNOWN_TOKEN
-        table.last_step[slots] = step
         last: list[Sequence] = []
-        for slot in slots[columns[6] == 1].tolist():
+        for slot in self._slots.advance(step):
             sequence = self._in_slot[slot]
             assert sequence is not None
-            sequence.state, sequence.planned = "draining", sequence.limit
-            table.position[slot] = NOBODY
+            sequence.state, sequence.planned, sequence.last_step = "draining", sequence.limit, step
+            stop_slot(self.batch, slot)
             self._untold.releases.append(slot)
             last.append(sequence)
         return last
@@ -360,7 +348,7 @@ class PagedAttentionEngine:
             self._newest_can_go = False
             self._note_tokens(flight, outcome)
             effects: list[Effect] = []
-            for row in np.flatnonzero(outcome.eos).tolist():
+            for row in outcome.eos.nonzero()[0].tolist():
                 sequence = self._sequence_of(flight, row)
                 if sequence is not None:
                     effects += self._end(sequence, "eos")
@@ -372,7 +360,8 @@ class PagedAttentionEngine:
                 if not sequence.gave_back:
                     effects += self._give_back(sequence)
             self._spent.clear()
-            effects += self._unfence(outcome.step)
+            if self._fences:
+                effects += self._unfence(outcome.step)
             return tuple(effects)
 
     def _check_is_oldest(self, outcome: StepOutcome) -> None:
@@ -399,17 +388,20 @@ class PagedAttentionEngine:
             sequence = flight.prefilling
             return sequence if sequence is not None and self._is_alive(sequence) else None
         sequence = self._sequences.get(int(flight.plan.request[row]))
-        return sequence if sequence is not None and sequence.key == flight.columns[2, row - first] else None
+        return sequence if sequence is not None and sequence.key == flight.columns[KEY, row - first] else None
 
     def _note_tokens(self, flight: Flight, outcome: StepOutcome) -> None:
-        table, slots = self._slots, flight.slots
-        first = flight.plan.num_rows - len(slots)
-        # A slot may have changed hands since the step was planned: its tokens belong to who was there then.
-        kept = np.flatnonzero(table.key[slots] == flight.columns[2])
-        slots, tokens = slots[kept], outcome.token[first:][kept]
-        table.history[slots, flight.columns[3, kept] + 1] = tokens
-        not_run_since = table.last_step[slots] == outcome.step
-        table.token[slots[not_run_since]] = tokens[not_run_since]
+        table, slots, positions = self._slots, flight.slots, flight.columns[POSITION]
+        tokens = outcome.token[flight.plan.num_rows - len(slots) :]
+        newest = slots
+        if self._flights or table.num_changes != flight.num_changes:
+            # A slot may have changed hands since the step was planned: its tokens belong to who was there then.
+            kept = (table.key[slots] == flight.columns[KEY]).nonzero()[0]
+            slots, positions, tokens = slots[kept], positions[kept], tokens[kept]
+            newest = slots[table.last_step[slots] == outcome.step]
+        positions = positions + 1
+        table.history[slots, positions] = tokens
+        table.token[newest] = tokens if newest is slots else table.history[newest, table.position[newest]]
         sequence = flight.prefilling
         if sequence is not None and flight.plan.samples[0] and self._is_alive(sequence):
             self._note_first_token(sequence, int(outcome.token[0]), bool(outcome.eos[0]), outcome.step)
@@ -449,7 +441,8 @@ class PagedAttentionEngine:
         """Give back the slot and the pages: to the fence while a step in flight may touch them."""
         slot, last_step = sequence.slot, sequence.last_step
         if slot != NOBODY:
-            last_step = int(self._slots.last_step[slot])
+            if sequence.state == "running":
+                last_step = int(self._slots.last_step[slot])
             release_slot(self.batch, slot)
             self._empty_slot(slot)
             if slot not in self._untold.releases:
@@ -504,13 +497,12 @@ class PagedAttentionEngine:
             return tuple(self._unfence(step))
 
     def _uncount_decodes(self, flight: Flight) -> None:
-        table = self._slots
-        kept = np.flatnonzero(table.key[flight.slots] == flight.columns[2])
-        slots = flight.slots[kept]
-        table.columns[:, slots] = flight.columns[:, kept]
+        self._slots.restore(flight.slots, flight.columns)
         for sequence in flight.last_rows:
             if sequence.slot != NOBODY:
+                assert sequence.task is not None
                 sequence.state = "running"
+                resume_slot(self.batch, sequence.task)
                 self._untold.releases.remove(sequence.slot)
 
     def _uncount_prefill(self, flight: Flight) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.plan import DUMMY_PAGE
@@ -19,7 +20,7 @@ class HBMPageManager:
         self._metadata = metadata
         self._current_page_index = DUMMY_PAGE
         self._available_hbm_pages: Fifo[int] = Fifo(range(DUMMY_PAGE + 1, metadata.num_pages_per_layer))
-        self._owned = bytearray(metadata.num_pages_per_layer)
+        self._owned: set[int] = set()
 
     @property
     def metadata(self) -> PagedAttentionCacheMetaData:
@@ -59,9 +60,8 @@ class HBMPageManager:
             raise ValueError(f"cannot allocate {n} pages: the number must not be negative")
         if n > self._available_hbm_pages.qsize():
             return []
-        pages = [self._available_hbm_pages.get_nowait() for _ in range(n)]
-        for page in pages:
-            self._owned[page] = 1
+        pages = self._available_hbm_pages.take(n)
+        self._owned.update(pages)
         return pages
 
     def alloc_prefill_hbm_pages(self, prompt_len: int) -> list[int]:
@@ -77,14 +77,17 @@ class HBMPageManager:
         ValueError: a page is out of range, not owned by anybody, or named twice; nothing changes then.
         """
         returned = [page for page in pages if page != DUMMY_PAGE]
-        for page in returned:
-            if not 0 < page < len(self._owned):
-                raise ValueError(f"cannot free page {page}: pages are 1 .. {len(self._owned) - 1}; nothing was freed")
-            if not self._owned[page]:
+        if not (self._owned.issuperset(returned) and len(set(returned)) == len(returned)):
+            self._refuse(returned)
+        self._owned.difference_update(returned)
+        self._available_hbm_pages.extend(returned)
+
+    def _refuse(self, pages: list[int]) -> NoReturn:
+        last = self._metadata.num_pages_per_layer - 1
+        for page in pages:
+            if not 0 < page <= last:
+                raise ValueError(f"cannot free page {page}: pages are 1 .. {last}; nothing was freed")
+            if page not in self._owned:
                 raise ValueError(f"cannot free page {page}: it is already free; nothing was freed")
-        if len(set(returned)) != len(returned):
-            twice = sorted({page for page in returned if returned.count(page) > 1})
-            raise ValueError(f"cannot free pages {twice} twice in one call; nothing was freed")
-        for page in returned:
-            self._owned[page] = 0
-            self._available_hbm_pages.put(page)
+        twice = sorted({page for page in pages if pages.count(page) > 1})
+        raise ValueError(f"cannot free pages {twice} twice in one call; nothing was freed")

@@ -55,6 +55,16 @@ class Fifo(Generic[Item]):
             raise queue.Empty
         return self._items.popleft()
 
+    def extend(self, items: Iterable[Item]) -> None:
+        """Add items at the tail, in their order."""
+        self._items.extend(items)
+
+    def take(self, count: int) -> list[Item]:
+        """Take the first `count` items. queue.Empty: there are fewer, and nothing was taken."""
+        if count > len(self._items):
+            raise queue.Empty
+        return [self._items.popleft() for _ in range(count)]
+
     def peek(self) -> Item:
         """The item at the head, which stays. queue.Empty: there is none."""
         if not self._items:

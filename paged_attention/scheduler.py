@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paged_attention.batch import ActiveSequenceBatch
 from paged_attention.pages import HBMPageManager
@@ -87,6 +88,9 @@ class InferenceScheduler:
         self.prefill_wait = 0
         """Steps in a row in which a prefill that could run was left out for decodes."""
         self._no_prefill = InitialSequenceRequest.init_empty()
+        self._seen: ActiveSequenceBatch | None = None
+        self._capacity = np.zeros(self.batch_size, np.int32)
+        """Tokens that the pages of each slot of the batch last seen can hold."""
 
     def enqueue_prefill_request(self, request: InitialSequenceRequest) -> None:
         """Add a request at the tail of the prefill queue."""
@@ -130,7 +134,7 @@ class InferenceScheduler:
         if self.policy.mix == "prefill_first" and self.decode_wait < self.policy.max_decode_wait:
             draft = self._draft_prefill(_Draft(), active, batch, free)
             if draft.prefill is not None:
-                draft.decodes_wait = not self.decodes_queue.empty() or bool((batch.positions >= 0).any())
+                draft.decodes_wait = not self.decodes_queue.empty() or bool(_map(batch))
                 return draft
         draft = self._draft_decodes(active, batch, free, may_preempt)
         if draft is None or draft.victims:
@@ -148,7 +152,7 @@ class InferenceScheduler:
     ) -> _Draft | None:
         draft = _Draft(growing_slots=self._growing_slots(batch))
         spare = free - len(draft.growing_slots)
-        any_running = bool((batch.positions >= 0).any())
+        any_running = bool(_map(batch))
         if spare >= 0:
             draft.num_joins = self._num_joins(batch, spare)
         stuck = (
@@ -194,13 +198,11 @@ class InferenceScheduler:
 
     def _growing_slots(self, batch: ActiveSequenceBatch) -> list[int]:
         """Slots whose next token falls on a logical page that they do not have yet, ascending."""
-        page_size = self.manager.page_size
-        positions = batch.positions
-        at_edge = np.flatnonzero((positions % page_size == 0) & (positions >= 0))
-        if not len(at_edge):
-            return []
-        held = batch.page_table[at_edge, positions[at_edge] // page_size]
-        return at_edge[held == DUMMY_PAGE].tolist()
+        if batch is not self._seen:
+            self._seen = batch
+            self._capacity = np.count_nonzero(batch.page_table, axis=1).astype(np.int32) * self.manager.page_size
+        positions = cast("NDArray[np.int32]", batch.positions)
+        return (self._capacity <= positions).nonzero()[0].tolist()
 
     def _first_tasks(self, count: int) -> list[GenerationStepTask]:
         return [task for task, _ in zip(self.decodes_queue, range(count), strict=False)]
@@ -225,7 +227,7 @@ class InferenceScheduler:
     ) -> _Draft:
         """Add the next prefill chunk to the draft, where its pages and a slot to come are free."""
         if active is not None:
-            missing = self._chunk_pages(active) - len(_pages_of(active))
+            missing = self._chunk_pages(active) - int(np.count_nonzero(active.page_indices))
             if missing <= free:
                 draft.prefill, draft.num_prefill_pages = active, missing
         elif not self.prefill_queue.empty() and _slots(batch).qsize() > self.decodes_queue.qsize():
@@ -254,9 +256,9 @@ class InferenceScheduler:
         if draft.prefill is not None:
             request = self.prefill_queue.get_nowait() if draft.prefill_is_new else draft.prefill
             pages = self.manager.alloc_hbm_pages(draft.num_prefill_pages)
-            first = len(_pages_of(request))
+            first = np.count_nonzero(request.page_indices)
             request.page_indices[first : first + len(pages)] = pages
-            prefill = request
+            prefill = request.replace(page_indices=request.page_indices.copy())
         return NextIterationPlan(
             prefill_request=prefill,
             schedule_prefill=draft.prefill is not None,
@@ -289,6 +291,7 @@ class InferenceScheduler:
             logical = len(task.page_indices)
             task.page_indices.append(page)
             batch.page_table[slot, logical] = page
+            self._capacity[slot] += self.manager.page_size
             updates.append(SlotPageAssignment(slot, logical, page))
         return updates
 
@@ -301,15 +304,27 @@ class InferenceScheduler:
             task.slot = _slots(batch).get_nowait()
             batch.insert_from_task(task.slot, task)
             _map(batch)[task.slot] = task
-            joined.append(task)
+            self._capacity[task.slot] = len(task.page_indices) * self.manager.page_size
+            joined.append(task.replace(page_indices=list(task.page_indices)))
         return joined
+
+
+def stop_slot(batch: ActiveSequenceBatch, slot: int) -> None:
+    """Let a slot of the host batch run no further; its row stays until `release_slot`."""
+    batch.positions[slot] = -1
+    del _map(batch)[slot]
+
+
+def resume_slot(batch: ActiveSequenceBatch, task: GenerationStepTask) -> None:
+    """Let a stopped slot run on; its position is the caller's to restore."""
+    _map(batch)[task.slot] = task
 
 
 def release_slot(batch: ActiveSequenceBatch, slot: int) -> None:
     """Give a slot of the host batch back: no position, an all-dummy row, free for the next decode."""
     batch.positions[slot] = -1
     batch.page_table[slot] = DUMMY_PAGE
-    del _map(batch)[slot]
+    _map(batch).pop(slot, None)
     _slots(batch).put(slot)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32
+from numpy.typing import NDArray
 
 from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.plan import Effect, Request, StepPlan
@@ -42,7 +43,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list[int])
     """Tokens known to the host, but for those in the slot's history."""
     last_step: int = NOBODY
-    """The last step that prefilled it."""
+    """The last step that ran it; while it runs, its slot knows."""
     gave_back: bool = False
     """Its last row is planned and its pages and slot are back; only the outcome is awaited."""
 
@@ -59,9 +60,11 @@ class Flight:
 
     plan: StepPlan
     native: NextIterationPlan
-    slots: Int32[np.ndarray, " decode_rows"]
-    columns: Int32[np.ndarray, "8 decode_rows"]
+    slots: NDArray[np.intp]
+    columns: Int32[np.ndarray, "11 decode_rows"]
     """The slots' columns as they were before the step."""
+    num_changes: int
+    """Who had come and gone in the slots when the step was planned."""
     prefilling: Sequence | None
     prefilled_before: int
     """The prefilling sequence's last_step before this one."""
@@ -78,6 +81,10 @@ class Untold:
     joins: list[tuple[int, GenerationStepTask]] = field(default_factory=list[tuple[int, GenerationStepTask]])
     pages: list[tuple[int, SlotPageAssignment]] = field(default_factory=list[tuple[int, SlotPageAssignment]])
     """Joins and pages come with the key of the admission that they are for."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.releases or self.joins or self.pages)
 
 
 def refusal(request: Request, metadata: PagedAttentionCacheMetaData) -> str | None:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from paged_attention.batch import ActiveSequenceBatch
     from paged_attention.cache import PagedAttentionCache, PagedAttentionCacheView
     from paged_attention.metadata import PagedAttentionCacheMetaData
-    from paged_attention.model_io import (
+    from paged_attention.model_io import ModelIOProcessor
+    from paged_attention.model_values import (
         ModelInputBatch,
-        ModelIOProcessor,
         ModelOutputBatch,
         ModelOutputSummary,
         PagedAttentionMetadata,
@@ -58,14 +58,14 @@ _HOME = {
     "InferenceScheduler": "scheduler",
     "InitialSequenceRequest": "requests",
     "ModelIOProcessor": "model_io",
-    "ModelInputBatch": "model_io",
-    "ModelOutputBatch": "model_io",
-    "ModelOutputSummary": "model_io",
+    "ModelInputBatch": "model_values",
+    "ModelOutputBatch": "model_values",
+    "ModelOutputSummary": "model_values",
     "NextIterationPlan": "requests",
     "PagedAttentionCache": "cache",
     "PagedAttentionCacheMetaData": "metadata",
     "PagedAttentionCacheView": "cache",
-    "PagedAttentionMetadata": "model_io",
+    "PagedAttentionMetadata": "model_values",
     "SamplingParams": "sampling",
     "SlotPageAssignment": "requests",
 }

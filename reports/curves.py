@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from reports.record import Requests, Series
+from reports.record import FENCED, FREE, Requests, Series
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,26 @@ def held(series: Series, values: np.ndarray) -> Stairs:
     """A state taken when each step was planned, which lasts until the next step starts."""
     end = span_ns(series)[1]
     return Stairs(np.append(series.start_ns, end), np.asarray(values, np.float64))
+
+
+def page_states(series: Series) -> tuple[Stairs, Stairs]:
+    """Number of owned and of fenced pages over the run, counted from the page events alone (all pages start free)."""
+    by_page = np.argsort(series.page_id, kind="stable")
+    owner = series.page_owner[by_page]
+    before = np.append(FREE, owner[:-1])
+    before[np.diff(series.page_id[by_page], prepend=-1) != 0] = FREE
+    first, last = span_ns(series)
+    times = np.clip(series.page_time_ns, first, last)
+    # Of several events at one moment the last one shows the state that stays.
+    final = np.flatnonzero(np.diff(times, append=last + 1) > 0)
+    edges = np.concatenate([[first], times[final], [last]])
+
+    def counted(now: np.ndarray, was: np.ndarray) -> Stairs:
+        change = np.zeros(len(times), np.int64)
+        change[by_page] = now.astype(np.int64) - was
+        return Stairs(edges, np.append(0, np.cumsum(change)[final]).astype(np.float64))
+
+    return counted(owner >= 0, before >= 0), counted(owner == FENCED, before == FENCED)
 
 
 def while_running(series: Series, values: np.ndarray) -> Stairs:

@@ -86,7 +86,7 @@ class Series:
     prefill_tokens: Int64[np.ndarray, " steps"]
     decode_tokens: Int64[np.ndarray, " steps"]
     running: Int64[np.ndarray, " steps"]
-    """Decode rows of the step."""
+    """Admitted requests that have not ended."""
     waiting: Int64[np.ndarray, " steps"]
     slots_used: Int64[np.ndarray, " steps"]
     pages_owned: Int64[np.ndarray, " steps"]

@@ -35,7 +35,7 @@ PLOTS = (
     Plot(
         "load",
         "Load",
-        "Slots in use, decode rows per step, requests that wait, and preemptions.",
+        "Requests that run and the slots that they take, requests that wait, and preemptions.",
         load.figure,
     ),
     Plot(

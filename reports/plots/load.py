@@ -24,15 +24,15 @@ def figure(record: RunRecord) -> Figure:
         record, "Running and waiting requests over time", rows=rows, height=1.7 * rows + 1.2, ratios=ratios
     )
     time = style.whole_run(record)
-    axes[0].set_ylabel("requests in slots")
+    axes[0].set_ylabel("requests running")
     axes[1].set_ylabel("requests waiting")
     time.label(axes[-1])
     if not len(series.step):
         style.say(axes[0], "no step was run")
         return figure
-    decoding = curves.while_running(series, series.running)
-    style.curve(axes[0], decoding, time, color=style.SKY, linewidth=2.4, label="decode rows in step")
-    slots = curves.held(series, series.slots_used)
+    running = curves.while_running(series, series.running)
+    style.curve(axes[0], running, time, color=style.SKY, linewidth=2.4, label="running")
+    slots = curves.while_running(series, series.slots_used)
     style.curve(axes[0], slots, time, color=style.BLUE, linestyle=(0, (3, 1.5)), linewidth=1.2, label="slots in use")
     axes[0].axhline(series.batch_size, color="black", linestyle=":", label=f"batch size ({series.batch_size:,})")
     style.curve(axes[1], curves.held(series, series.waiting), time, color=style.VERMILLION, label="waiting")

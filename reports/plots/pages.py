@@ -39,7 +39,7 @@ def figure(record: RunRecord) -> Figure:
         return figure
     stack(top, series, time)
     style.legend(top)
-    wasted = curves.held(series, 100.0 * fragmentation(series))
+    wasted = curves.while_running(series, 100.0 * fragmentation(series))
     style.curve(bottom, wasted, time, color=style.VERMILLION, label="fragmentation")
     style.legend(bottom, title=style.bin_note(series, time))
     bottom.set_ylim(0, None)
@@ -50,13 +50,15 @@ def figure(record: RunRecord) -> Figure:
 def stack(axes: Axes, series: Series, time: style.TimeAxis) -> None:
     """Stack the shares of owned, fenced and free pages; where they are binned, with the peak of owned pages."""
     whole = max(series.allocatable_pages, 1)
+    owned, fenced = curves.page_states(series)
+    free = curves.Stairs(owned.edges_ns, whole - owned.values - fenced.values)
     below: Float64[np.ndarray, " values"] | float = 0.0
     for name, pages, colour, hatch in (
-        ("owned", series.pages_owned, style.BLUE, ""),
-        ("fenced", series.pages_fenced, style.YELLOW, "xxxx"),
-        ("free", series.pages_free, "#EDEDED", ""),
+        ("owned", owned, style.BLUE, ""),
+        ("fenced", fenced, style.YELLOW, "xxxx"),
+        ("free", free, "#EDEDED", ""),
     ):
-        share = style.drawable(curves.held(series, 100.0 * pages / whole), time)
+        share = style.drawable(curves.Stairs(pages.edges_ns, 100.0 * pages.values / whole), time)
         level = below + share.mean
         axes.stairs(
             level,
@@ -71,4 +73,6 @@ def stack(axes: Axes, series: Series, time: style.TimeAxis) -> None:
         )
         below = level
         if name == "owned" and (share.high > share.mean).any():
-            axes.stairs(share.high, share.edges_ns / time.unit.ns, color="black", linewidth=0.8, label="owned, peak")
+            axes.stairs(
+                share.high, share.edges_ns / time.unit.ns, color="black", linewidth=0.8, zorder=3, label="owned, peak"
+            )

@@ -19,6 +19,7 @@ from reports.record import RunRecord, Series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart with every common colour vision deficiency.
 BLACK = "#000000"
@@ -41,7 +42,7 @@ MAX_BINS = 400
 MAX_MARKS = 12
 """Violation lines in one figure; the report lists them all."""
 
-RC: dict[str, Any] = {
+RC: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -73,9 +74,8 @@ def applied() -> Generator[None]:
 
     with mpl.rc_context():
         mpl.rcdefaults()
-        for key, value in RC.items():
-            mpl.rcParams[key] = value
-        yield
+        with mpl.rc_context(RC):
+            yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ lag, the next step is already dispatched by then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import simpy
 
@@ -31,6 +31,7 @@ from sim.workload.arrival import Arrival, Workload
 
 PROGRESS_EVERY_STEPS = 64
 
+Happenings = Generator[simpy.Event, Any, None]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ class Progress:
     submitted: int
     done: int
     """Requests finished, cancelled or rejected."""
+    total: int | None
+    """Requests to come in all, where that is known."""
     now_ns: int
 
 
@@ -143,11 +146,11 @@ class Engine:
 
     # Sources of work.
 
-    def _start(self, process: Iterator[simpy.Event]) -> None:
+    def _start(self, process: Happenings) -> None:
         self._sources += 1
         self._env.process(self._guarded(self._source(process)))
 
-    def _guarded(self, process: Iterator[simpy.Event]) -> Iterator[simpy.Event]:
+    def _guarded(self, process: Happenings) -> Happenings:
         """SimPy would raise a copy of an exception; this keeps the original for `run`."""
         try:
             yield from process
@@ -155,12 +158,12 @@ class Engine:
             self._error = self._error or error
             self._wake()
 
-    def _source(self, process: Iterator[simpy.Event]) -> Iterator[simpy.Event]:
+    def _source(self, process: Happenings) -> Happenings:
         yield from process
         self._sources -= 1
         self._wake()
 
-    def _open_arrivals(self) -> Iterator[simpy.Event]:
+    def _open_arrivals(self) -> Happenings:
         for arrival in self._arrivals:
             if arrival.time_ns > self.now_ns:
                 yield Moment(self._env, Order.ARRIVAL).after(arrival.time_ns - self.now_ns)
@@ -176,7 +179,7 @@ class Engine:
                 return
             self._submit(arrival)
 
-    def _timed_cancels(self) -> Iterator[simpy.Event]:
+    def _timed_cancels(self) -> Happenings:
         for at_ns, request in self._parts.faults.cancels_at_ns:
             if at_ns > self.now_ns:
                 yield Moment(self._env, Order.CANCEL).after(at_ns - self.now_ns)
@@ -215,7 +218,7 @@ class Engine:
 
     # Steps.
 
-    def _steps(self) -> Iterator[simpy.Event]:
+    def _steps(self) -> Happenings:
         while not self._stopped():
             self._fill()
             if self._stopped():
@@ -321,4 +324,5 @@ class Engine:
             recorder = self._recorder
             live = recorder.count_of_state[0]
             submitted = recorder.requests.num_requests
-            self._progress(Progress(recorder.steps, submitted, submitted - live, self.now_ns))
+            total = self._parts.workload.total
+            self._progress(Progress(recorder.steps, submitted, submitted - live, total, self.now_ns))

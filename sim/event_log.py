@@ -1,19 +1,21 @@
 """The last events of a run, one line of fixed columns each, for the folder of a failure.
 
-    time       step event     request admission  slot  range        pages   free hash
-    1.234567890   17 allocated      3         1     -  0+2          4,9       57 -
+    seconds  step event  request adm slot  start+n  free hash pages
 
-`range` is first position + count for a row, first logical page + count for pages; `hash` is the rolling hash.
+`adm` is the admission; `start+n` is first position + count for a row, first logical page + count for pages; `free` are
+the free pages after the event; `hash` is the rolling hash after the step; pages handed out are +n, given back -n.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
 from sim.record import Recorder
+from sim.trace_hash import DIGEST_BYTES
 
 HEADER: Final = (
     f"{'seconds':>16} {'step':>7} {'event':<10} {'request':>8} {'adm':>4} {'slot':>5} "
@@ -27,111 +29,114 @@ class EventLog:
 
     def __init__(self, recorder: Recorder, capacity: int = 64) -> None:
         self._recorder = recorder
-        self._events: deque[tuple[int, int, str, Any, int, str]] = deque(maxlen=capacity)
+        self._events: deque[Callable[[], list[str]]] = deque(maxlen=capacity)
         self._step = 0
 
     def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
         """See Observer."""
-        if refusal is not None:
-            self._add(now_ns, "rejected", (Effect("submitted", request.id, 0, reason=refusal),))
+        if refusal is None:
+            self._add(_effect_lines, now_ns, self._step, effects)
         else:
-            self._add(now_ns, "", effects)
+            self._add(_refusal_lines, now_ns, self._step, request.id, refusal)
 
     def cancelled(self, now_ns: int, request: int, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        self._add(now_ns, "", effects)
+        self._add(_effect_lines, now_ns, self._step, effects)
 
     def planned(self, now_ns: int, plan: StepPlan) -> None:
         """See Observer."""
         self._step = plan.step
-        self._add(now_ns, "plan", plan)
+        self._add(_plan_lines, now_ns, plan)
 
     def idle(self, now_ns: int) -> None:
         """See Observer; an idle engine leaves no line."""
 
     def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
         """See Observer."""
-        self._events.append((now_ns, plan.step, "outcome", (plan, outcome), self._recorder.pages_free, ""))
+        self._add(_outcome_lines, now_ns, plan, outcome)
 
     def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        digest = bytes(self._recorder.hash.step_digests[-8:]).hex()
-        self._events.append((now_ns, step, "applied", effects, self._recorder.pages_free, digest))
+        digest = bytes(self._recorder.hash.step_digests[-DIGEST_BYTES:]).hex()
+        self._add(_applied_lines, now_ns, step, effects, digest)
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        self._add(now_ns, "abandoned", effects)
+        self._add(_abandoned_lines, now_ns, plan.step, effects)
 
     def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
         """See Observer."""
 
-    def _add(self, now_ns: int, event: str, what: Any) -> None:
-        self._events.append((now_ns, self._step, event, what, self._recorder.pages_free, ""))
+    def _add(self, render: Callable[..., list[str]], *what: Any) -> None:
+        self._events.append(partial(render, self._recorder.pages_free, *what))
 
     def lines(self) -> list[str]:
         """The kept events, oldest first, below a header."""
-        lines = [HEADER]
-        for now_ns, step, event, what, free, digest in self._events:
-            if isinstance(what, StepPlan):
-                lines += [_effect_line(now_ns, step, effect.kind, effect, free) for effect in what.effects]
-                lines += [_row_line(now_ns, step, what, row, free) for row in range(what.num_rows)]
-                continue
-            if event == "outcome":
-                lines += _outcome_lines(now_ns, step, *what, free)
-                continue
-            lines += [_effect_line(now_ns, step, event_of(event, e), e, free) for e in what]
-            if event in ("applied", "abandoned"):
-                lines.append(_line(now_ns, step, event, -1, -1, -1, "", free, digest, ""))
-        return lines
-
-
-def event_of(event: str, effect: Effect) -> str:
-    """The name of an effect's line: a refused submission is no submission."""
-    return event if event == "rejected" else effect.kind
+        return [HEADER, *(line for render in self._events for line in render())]
 
 
 def _line(
+    free: int,
     now_ns: int,
     step: int,
     event: str,
-    request: int,
-    admission: int,
-    slot: int,
-    span: str,
-    free: int,
-    digest: str,
-    rest: str,
+    who: tuple[int, int, int] = (-1, -1, -1),
+    span: str = "-",
+    digest: str = "-",
+    rest: str = "",
 ) -> str:
+    """One line; `who` is (request, admission, slot), negative where there is none."""
     seconds = f"{now_ns // 10**9}.{now_ns % 10**9:09d}"
-    who, which, where = (str(n) if n >= 0 else "-" for n in (request, admission, slot))
+    request, admission, slot = (str(n) if n >= 0 else "-" for n in who)
     return (
-        f"{seconds:>16} {step:>7} {event:<10} {who:>8} {which:>4} {where:>5} "
-        f"{span or '-':>12} {free:>7} {digest or '-':<16} {rest}"
+        f"{seconds:>16} {step:>7} {event:<10} {request:>8} {admission:>4} {slot:>5} "
+        f"{span:>12} {free:>7} {digest:<16} {rest}"
     ).rstrip()
 
 
-def _effect_line(now_ns: int, step: int, event: str, effect: Effect, free: int) -> str:
+def _effect_lines(free: int, now_ns: int, step: int, effects: tuple[Effect, ...]) -> list[str]:
+    return [_effect_line(free, now_ns, step, effect) for effect in effects]
+
+
+def _effect_line(free: int, now_ns: int, step: int, effect: Effect) -> str:
     sign = "+" if effect.kind == "allocated" else "-"
     shown = ",".join(f"{sign}{page}" for page in effect.pages[:_MAX_PAGES_SHOWN])
     if len(effect.pages) > _MAX_PAGES_SHOWN:
         shown += f",... ({len(effect.pages)} in all)"
-    span = f"{effect.first_page}+{len(effect.pages)}" if effect.pages else ""
+    span = f"{effect.first_page}+{len(effect.pages)}" if effect.pages else "-"
     rest = " ".join(part for part in (shown, effect.reason) if part)
-    return _line(now_ns, step, event, effect.request, effect.admission, effect.slot, span, free, "", rest)
+    return _line(free, now_ns, step, effect.kind, (effect.request, effect.admission, effect.slot), span, rest=rest)
 
 
-def _row_line(now_ns: int, step: int, plan: StepPlan, row: int, free: int) -> str:
-    slot = int(plan.slot[row])
-    span = f"{plan.start[row]}+{plan.count[row]}"
-    event = "prefill" if slot < 0 else "decode"
-    return _line(now_ns, step, event, int(plan.request[row]), int(plan.admission[row]), slot, span, free, "", "")
+def _refusal_lines(free: int, now_ns: int, step: int, request: int, refusal: str) -> list[str]:
+    return [_line(free, now_ns, step, "rejected", (request, -1, -1), rest=refusal)]
 
 
-def _outcome_lines(now_ns: int, step: int, plan: StepPlan, outcome: StepOutcome, free: int) -> list[str]:
+def _plan_lines(free: int, now_ns: int, plan: StepPlan) -> list[str]:
+    lines = _effect_lines(free, now_ns, plan.step, plan.effects)
+    for row in range(plan.num_rows):
+        event = "prefill" if plan.slot[row] < 0 else "decode"
+        span = f"{plan.start[row]}+{plan.count[row]}"
+        lines.append(_line(free, now_ns, plan.step, event, _who(plan, row), span))
+    return lines
+
+
+def _outcome_lines(free: int, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> list[str]:
     lines: list[str] = []
     for row in range(min(plan.num_rows, len(outcome.token))):
         if outcome.token[row] >= 0:
             rest = f"token {outcome.token[row]}" + (" eos" if outcome.eos[row] else "")
-            who, which, slot = int(plan.request[row]), int(plan.admission[row]), int(plan.slot[row])
-            lines.append(_line(now_ns, step, "token", who, which, slot, "", free, "", rest))
+            lines.append(_line(free, now_ns, plan.step, "token", _who(plan, row), rest=rest))
     return lines
+
+
+def _applied_lines(free: int, now_ns: int, step: int, effects: tuple[Effect, ...], digest: str) -> list[str]:
+    return [*_effect_lines(free, now_ns, step, effects), _line(free, now_ns, step, "applied", digest=digest)]
+
+
+def _abandoned_lines(free: int, now_ns: int, step: int, effects: tuple[Effect, ...]) -> list[str]:
+    return [*_effect_lines(free, now_ns, step, effects), _line(free, now_ns, step, "abandoned")]
+
+
+def _who(plan: StepPlan, row: int) -> tuple[int, int, int]:
+    return int(plan.request[row]), int(plan.admission[row]), int(plan.slot[row])

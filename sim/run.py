@@ -13,6 +13,7 @@ from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec
 from backends.registry import make_backend
 from invariants.auditor import AuditConfig, Auditor
 from invariants.violation import Violation
+from sim.backend_wrapper import RowsOnly
 from sim.cores.protocol import CoreConfig, ServingCore
 from sim.cores.registry import core_factory
 from sim.cost_model import cost_model
@@ -29,7 +30,7 @@ from sim.record import Recorder
 from sim.run_folder import SUMMARY_SCHEMA, write_failure, write_record, write_scenario
 from sim.scenario import Scenario, scenario_hash
 from sim.script import RequestScript
-from sim.workload import TraceError, concrete_faults, generate, prompt_tokens
+from sim.workload import TraceError, Workload, concrete_faults, generate, prompt_tokens
 
 PACKAGES: Final = ("kvproof", "numpy", "jax", "jaxlib", "simpy")
 """Whose versions a summary names."""
@@ -72,12 +73,14 @@ def run(
     out: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     plan_log: Path | None = None,
+    workload: Workload | None = None,
     audit: bool = True,
 ) -> Report:
     """Run a scenario.
 
     `out` is an existing folder that takes the record; None: nothing is written. `progress` is called now and then.
-    `plan_log` is a file for `kvproof judge` (gzip where its name ends in .gz). With `audit` False nothing is checked.
+    `plan_log` is a file for `kvproof judge` (gzip where its name ends in .gz). `workload` takes the place of what the
+    scenario's workload section stands for. With `audit` False nothing is checked.
 
     UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. TraceError: the workload's file
     is wrong. OSError: the disk does not take the record. A KeyboardInterrupt ends the run, and the report says so.
@@ -85,7 +88,8 @@ def run(
     clocks = _Clocks()
     mutant = find_mutant(scenario.plant) if scenario.plant else None
     core = build_core(scenario, mutant)
-    workload = generate(scenario)
+    if workload is None:
+        workload = generate(scenario)
     faults = FaultSchedule(concrete_faults(scenario))
     if out is not None:
         write_scenario(out, scenario)
@@ -173,6 +177,8 @@ def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
     """The opened backend, with its planted bug. BackendUnavailableError: it or its devices are not there."""
     core, cache, settings = scenario.core, scenario.cache, scenario.backend
     backend = make_backend(settings.kind)
+    if settings.road == "rows":
+        backend = RowsOnly(backend)
     if mutant is not None and mutant.backend is not None:
         backend = mutant.backend(backend)
     backend.open(

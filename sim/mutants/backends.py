@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt32
 
-from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec, Pending
-from paged_attention.plan import Evidence, Ints, ModelRows, StepPlan, WrongPlace
-
-
-class BackendWrapper:
-    """A backend that passes everything on; a mutant overrides what it breaks."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-
-    def open(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
-        """See Backend."""
-        self.backend.open(cache, model, devices)
-
-    def execute(self, plan: StepPlan, rows: ModelRows) -> Pending:
-        """See Backend."""
-        return self.backend.execute(plan, rows)
-
-    def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
-        """See Backend."""
-        return self.backend.evidence(slots, pages)
-
-    def verify(
-        self, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int = 8
-    ) -> tuple[WrongPlace, ...]:
-        """See Backend."""
-        return self.backend.verify(pages, offsets, kv_ids, limit)
-
-    def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
-        """See Backend."""
-        self.backend.poison(pages, how)
-
-    def describe(self) -> Mapping[str, str]:
-        """See Backend."""
-        return self.backend.describe()
-
-    def close(self) -> None:
-        """See Backend."""
-        self.backend.close()
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec, Pending
+from paged_attention.plan import ModelRows, StepPlan
+from sim.backend_wrapper import BackendWrapper
 
 
 class WrongOffset(BackendWrapper):

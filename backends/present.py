@@ -1,0 +1,13 @@
+"""Which devices JAX finds on this machine, for people who ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def present_devices() -> list[dict[str, Any]]:
+    """Platform, id and kind of every device, the CPU's included. RuntimeError: JAX cannot start an asked platform."""
+    found = {(device.platform, device.id): device for device in [*jax.devices(), *jax.devices("cpu")]}
+    return [{"platform": device.platform, "id": device.id, "kind": device.device_kind} for device in found.values()]

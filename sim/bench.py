@@ -1,0 +1,149 @@
+"""The benchmark: one workload, measured in spins, so that figures travel between machines.
+
+A spin is the median CPU time of five runs of a fixed loop of bytecode; a figure is CPU time of a run over the mean of
+the spins directly before and after it, and of several such ratios the lowest counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from jaxtyping import Int64
+
+from sim.run import Report, run
+from sim.scenario import Scenario
+from sim.workload import Arrival, Workload
+
+NUM_REQUESTS: Final = 4000
+BASE_NS: Final = 85_000_000
+LIGHT_BASE_NS: Final = 40_000_000
+"""Under this cost the load is light and what a step costs by itself dominates."""
+TARGETS: Final = {"plan_only": 1.3, "plan_only_light": 2.0, "jax_cpu_rows": 10.0, "jax_cpu": 13.0}
+"""In spins. jax_cpu goes through the core's own build_input, jax_cpu_rows from the neutral rows of the plan."""
+
+
+def spin() -> float:
+    """The unit: median CPU seconds of five runs of a loop over a list sum and a dict."""
+    return statistics.median(_spin_once() for _ in range(5))
+
+
+def _spin_once() -> float:
+    start = time.process_time()
+    d: dict[int, int] = {}
+    s = 0
+    for i in range(3_000_000):
+        s += i & 7
+        d[i & 1023] = s
+    return time.process_time() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The best of several runs of one case."""
+
+    report: Report
+    cpu_seconds: float
+    spin_seconds: float
+
+    @property
+    def spins(self) -> float:
+        """CPU time in spins."""
+        return self.cpu_seconds / self.spin_seconds
+
+
+def workload() -> Workload:
+    """4,000 requests, 3 per second: lognormal prompts of about 512 and outputs of about 128 tokens, from seed 0."""
+    random = np.random.default_rng(0)
+    seconds = np.cumsum(random.exponential(1 / 3, NUM_REQUESTS))
+    prompts = _lengths(random, 512, 16, 2048)
+    outputs = _lengths(random, 128, 4, 1024)
+    times = np.rint(seconds * 1e9).astype(np.int64)
+    rows = zip(times.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
+    arrivals = (Arrival(time_ns, request, prompt, output) for request, (time_ns, prompt, output) in enumerate(rows))
+    return Workload(arrivals, total=NUM_REQUESTS)
+
+
+def _lengths(random: np.random.Generator, mean: int, low: int, high: int) -> Int64[np.ndarray, " requests"]:
+    drawn = random.lognormal(np.log(mean) - 0.18, 0.6, NUM_REQUESTS)
+    return np.clip(np.round(drawn), low, high).astype(np.int64)
+
+
+def scenario(base_ns: int, backend: Literal["none", "jax"], road: Literal["native", "rows"] = "native") -> Scenario:
+    """The benchmark's scenario; its workload section stands for `workload`, which takes its place."""
+    return Scenario.model_validate(
+        {
+            "name": "bench",
+            "core": {"batch_size": 128, "prefill_chunk": 512},
+            "cache": {
+                "page_size": 16,
+                "num_pages": 4096,
+                "max_sequence_length": 4096,
+                "layers": 2,
+                "kv_heads": 2,
+                "head_dim": 16,
+            },
+            "backend": {"kind": backend, "road": road},
+            "workload": {
+                "arrivals": {"kind": "poisson", "request_rate": 3.0},
+                "prompt_tokens": {"kind": "lognormal", "mean": 512.0, "sigma": 0.6, "min": 16, "max": 2048},
+                "output_tokens": {"kind": "lognormal", "mean": 128.0, "sigma": 0.6, "min": 4, "max": 1024},
+                "num_requests": NUM_REQUESTS,
+            },
+            "model": {"kind": "echo" if backend == "none" else "reader"},
+            "cost": {"kind": "linear", "base_ns": base_ns, "per_token_ns": 150_000},
+        }
+    )
+
+
+def cases() -> dict[str, Scenario]:
+    """Every row of the benchmark."""
+    return {
+        "plan_only": scenario(BASE_NS, "none"),
+        "plan_only_light": scenario(LIGHT_BASE_NS, "none"),
+        "jax_cpu": scenario(BASE_NS, "jax"),
+        "jax_cpu_rows": scenario(BASE_NS, "jax", "rows"),
+    }
+
+
+def bench(names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Measure the named cases; the lowest of `repeats` ratios each. Compiling counts in the first run only."""
+    found: dict[str, Any] = {"spin_seconds": spin()}
+    for name in names:
+        best = _measure(cases()[name], repeats, lambda text, name=name: tell(f"{name}: {text}"))
+        found[name] = _figures(best, TARGETS[name])
+    return found
+
+
+def _measure(asked: Scenario, repeats: int, tell: Callable[[str], None]) -> Measured:
+    runs: list[Measured] = []
+    before = spin()
+    for repeat in range(repeats):
+        report = run(asked, workload=workload())
+        after = spin()
+        runs.append(Measured(report, report.summary["duration_cpu_seconds"], (before + after) / 2))
+        tell(f"run {repeat + 1} of {repeats}: {runs[-1].spins:.2f} spins")
+        before = after
+    return min(runs, key=lambda measured: measured.spins)
+
+
+def _figures(best: Measured, target: float) -> dict[str, Any]:
+    recorder, summary = best.report.recorder, best.report.summary
+    steps = recorder.steps
+    decodes = sum(recorder.series["decode_tokens"])
+    return {
+        "requests": summary["requests"]["finished"],
+        "steps": steps,
+        "mean_running": decodes / steps,
+        "cpu_seconds": best.cpu_seconds,
+        "spin_seconds": best.spin_seconds,
+        "spins": best.spins,
+        "target": target,
+        "us_per_step": best.cpu_seconds / steps * 1e6,
+        "us_per_request_step": best.cpu_seconds / decodes * 1e6,
+        "violations": len(best.report.violations),
+    }

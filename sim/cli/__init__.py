@@ -1,0 +1,64 @@
+"""The command line: `kvproof`. Commands import what they need when they run, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+import typer
+
+from sim.cli import inspect_commands, record_commands, run_command, tool_commands
+from sim.exit_codes import ExitCode
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kvproof",
+    help="Proves paged-KV serving code by running it: real scheduler, real page manager, real cache writes, every step "
+    "checked.\n\nExample: kvproof run scenarios/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (run_command, record_commands, inspect_commands, tool_commands):
+    group.register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status; users see sentences, tracebacks only with KVPROOF_DEBUG=1."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        status = app(args=arguments, prog_name="kvproof", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return ExitCode.USAGE
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; nothing is left to say and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.HELD
+    except Exception as error:
+        return _failed(error)
+    return status if isinstance(status, int) else ExitCode.HELD
+
+
+def _failed(error: Exception) -> int:
+    from sim.cli.errors import status_of  # noqa: PLC0415 - rarely needed
+
+    if os.environ.get("KVPROOF_DEBUG") == "1":
+        raise error
+    status, message = status_of(error)
+    _say(message)
+    return status
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)

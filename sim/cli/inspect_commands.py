@@ -1,0 +1,121 @@
+"""`kvproof list` and `explain`: what there is, and what it means."""
+# ruff: noqa: PLC0415 - commands import what they need when they run
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from sim.cli.options import AsJson
+from sim.exit_codes import ExitCode
+
+SCENARIO_FOLDER: Final = Path("scenarios")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command("list", short_help="List scenarios, invariants, backends, cores or mutants.")(list_things)
+    app.command(short_help="Explain an invariant or a mutant.")(explain)
+
+
+def list_things(
+    what: Annotated[str, typer.Argument(help="scenarios, invariants, backends, cores or mutants.")],
+    folder: Annotated[Path, typer.Option(help="Where the scenarios are.")] = SCENARIO_FOLDER,
+    as_json: AsJson = False,
+) -> int:
+    """List what there is, one line each. Exit status 5: there is none.
+
+    Example: kvproof list invariants
+    """
+    listers: dict[str, Callable[[], dict[str, str]]] = {
+        "scenarios": lambda: scenario_purposes(folder),
+        "invariants": invariant_statements,
+        "backends": backends,
+        "cores": cores,
+        "mutants": mutants,
+    }
+    if what not in listers:
+        close = get_close_matches(what, listers, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(listers)}"
+        raise typer.BadParameter(f"cannot list '{what}'; {hint}")
+    found = listers[what]()
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    elif found:
+        width = max(map(len, found))
+        for name, sentence in found.items():
+            typer.echo(f"{name:<{width}}  {sentence}".rstrip())
+    else:
+        typer.echo(f"no {what} found" + (f" in {folder}" if what == "scenarios" else ""), err=True)
+    return ExitCode.HELD if found else ExitCode.NOTHING
+
+
+def scenario_purposes(folder: Path) -> dict[str, str]:
+    """Path and first comment line of every scenario file in a folder."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        found[str(path)] = first.lstrip("# ") if first.startswith("#") else ""
+    return found
+
+
+def invariant_statements() -> dict[str, str]:
+    """Id and statement of every invariant."""
+    from invariants.catalogue import CATALOGUE
+
+    return {name: invariant.statement for name, invariant in CATALOGUE.items()}
+
+
+def backends() -> dict[str, str]:
+    """Name and entry point of every installed backend."""
+    from backends.registry import backend_entry_points
+
+    return {name: entry.value for name, entry in backend_entry_points().items()}
+
+
+def cores() -> dict[str, str]:
+    """Name and factory of every core."""
+    from sim.cores.registry import core_names
+
+    return core_names()
+
+
+def mutants() -> dict[str, str]:
+    """Name of every planted bug, what it does, and who must notice."""
+    from sim.mutants import MUTANTS
+
+    return {name: f"{mutant.sentence} Expected: {mutant.expected}." for name, mutant in MUTANTS.items()}
+
+
+def explain(
+    name: Annotated[str, typer.Argument(metavar="ID", help="An invariant such as P1, or a mutant.")],
+    as_json: AsJson = False,
+) -> int:
+    """Explain an invariant: what must hold, why, and how it is checked; or a planted bug.
+
+    Example: kvproof explain P1
+    """
+    from invariants.catalogue import CATALOGUE
+    from sim.mutants import MUTANTS
+
+    invariant, mutant = CATALOGUE.get(name.upper()), MUTANTS.get(name.lower())
+    if invariant is not None:
+        fields = {"id": name.upper(), "statement": invariant.statement, "why": invariant.why}
+    elif mutant is not None:
+        fields = {"id": mutant.name, "planted bug": mutant.sentence, "first noticed by": mutant.expected}
+    else:
+        close = get_close_matches(name, [*CATALOGUE, *MUTANTS], n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see kvproof list invariants"
+        raise typer.BadParameter(f"there is no invariant or mutant '{name}'; {hint}")
+    if as_json:
+        sys.stdout.write(json.dumps(fields) + "\n")
+    else:
+        for field, text in fields.items():
+            typer.echo(f"{field}: {text}")
+    return 0

@@ -1,0 +1,148 @@
+"""`kvproof run`."""
+# ruff: noqa: PLC0415 - commands import what they need when they run
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sim.cli.options import AsJson, Out, Overrides, Quiet, Seed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sim.scenario import Scenario
+
+RUNS = Path("runs")
+SEVERITY = (130, 3, 6, 2, 1, 4)
+"""Of several runs, the exit status that comes first here wins."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command("run", short_help="Run scenarios, check every step, write a run folder.")(run_scenarios)
+
+
+def run_scenarios(
+    scenarios: Annotated[list[Path], typer.Argument(metavar="SCENARIO...", help="Scenario files (YAML).")],
+    seed: Seed = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    plan_log: Annotated[
+        Path | None,
+        typer.Option("--plan-log", metavar="FILE", help="Also write a log for `kvproof judge` (.gz: gzip)."),
+    ] = None,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="No plots, report or trace.")] = False,
+) -> int:
+    """Run scenarios through the real scheduler, page manager and cache writes; check every step.
+
+    Exit status: 0 all held, 1 an invariant broke or an expectation failed, 2 usage, 4 only a latency objective failed,
+    6 the backend is not there, 130 interrupted.
+
+    Example: kvproof run scenarios/quickstart.yaml --set core.lag=2 --seed 5
+    """
+    from rich.console import Console
+
+    from sim.scenario import load_scenario
+
+    if plan_log is not None and len(scenarios) > 1:
+        raise typer.BadParameter("one log holds one run: give a single scenario", param_hint="--plan-log")
+    loaded = [(path, load_scenario(path, overrides or (), seed)) for path in scenarios]
+    summaries: list[dict[str, Any]] = []
+    statuses: list[int] = []
+    notes = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    for path, scenario in loaded:
+        folder = _folder(out, scenario, several=len(loaded) > 1)
+        if _needs_own_process(scenario):
+            arguments = _arguments(path, seed, overrides, folder, plan_log, quiet, no_plots)
+            summary, status = _in_own_process(scenario, arguments)
+        else:
+            summary, status = run_one(scenario, folder, plan_log, notes, no_plots=no_plots)
+        statuses.append(status)
+        if summary is not None:
+            summaries.append({**summary, "run_folder": str(folder), "exit_code": status})
+            _show(notes if as_json else Console(quiet=quiet, highlight=False, soft_wrap=True), summary, folder)
+        if status == 130:
+            break
+    if as_json:
+        sys.stdout.write(json.dumps(summaries[0] if len(loaded) == 1 and summaries else summaries) + "\n")
+    return next((status for status in SEVERITY if status in statuses), 0)
+
+
+def run_one(
+    scenario: Scenario, folder: Path, plan_log: Path | None, notes: Console, *, no_plots: bool
+) -> tuple[dict[str, Any], int]:
+    """Run one scenario in this process and draw its plots; its summary and exit status."""
+    from sim.cli.show import progress_bar
+    from sim.run import run
+
+    with progress_bar(notes, scenario.name, shown=not notes.quiet) as progress:
+        report = run(scenario, out=folder, progress=progress, plan_log=plan_log)
+    if not no_plots and report.recorder.steps:
+        from reports import html, perfetto
+
+        with notes.status("drawing plots") if notes.is_terminal and not notes.quiet else nullcontext():
+            html.write(folder)
+            perfetto.write(folder)
+    return report.summary, int(report.exit_code)
+
+
+def _folder(out: Path | None, scenario: Scenario, *, several: bool) -> Path:
+    """The run folder, made and proven writable before anything runs. OSError: it is not."""
+    from sim.run_folder import new_folder
+
+    if out is None:
+        return new_folder(RUNS, scenario.name)
+    folder = out / scenario.name if several else out
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _show(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    from sim.cli.show import summary_lines, verdict_lines
+
+    for line in (*summary_lines(summary), f"run folder: {folder}"):
+        console.print(line, markup=False)
+    styles = {"held": "bold green", "objective missed": "bold yellow"}
+    *details, verdict = verdict_lines(summary)
+    for line in details:
+        console.print(line, markup=False)
+    console.print(verdict, markup=False, style=styles.get(summary["verdict"], "bold red"))
+
+
+def _needs_own_process(scenario: Scenario) -> bool:
+    """Whether the scenario wants more CPU devices than this process was told to have."""
+    from sim.host_devices import forced_count, wanted_count
+
+    return wanted_count(scenario) > forced_count()
+
+
+def _arguments(
+    path: Path,
+    seed: int | None,
+    overrides: list[str] | None,
+    folder: Path,
+    plan_log: Path | None,
+    quiet: bool,
+    no_plots: bool,
+) -> list[str]:
+    arguments = ["run", str(path), "--json", "--quiet", "--out", str(folder)]
+    arguments += ["--seed", str(seed)] if seed is not None else []
+    for override in overrides or []:
+        arguments += ["--set", override]
+    arguments += ["--plan-log", str(plan_log)] if plan_log is not None else []
+    return arguments + (["--no-plots"] if no_plots else [])
+
+
+def _in_own_process(scenario: Scenario, arguments: list[str]) -> tuple[dict[str, Any] | None, int]:
+    from sim.host_devices import run_with_devices, wanted_count
+
+    output, status = run_with_devices(wanted_count(scenario), arguments)
+    return (json.loads(output) if output.strip() else None), status

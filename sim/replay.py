@@ -1,0 +1,108 @@
+"""Runs a recorded scenario again and compares: the same trace hash, step by step, and the same violations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from sim.run import Report, run
+from sim.run_folder import FAILURE, SCENARIO, SUMMARY, VIOLATIONS, read_json, read_step_hashes
+from sim.scenario import Scenario, load_scenario
+from sim.trace_hash import DIGEST_BYTES, first_difference
+
+
+class ReplayError(Exception):
+    """There is nothing to replay at that path; the message says what was looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a run has left behind for comparison."""
+
+    scenario: Scenario
+    trace_hash: str
+    step_hashes: bytes
+    violations: tuple[tuple[str, int], ...]
+    """(id, step) of each."""
+    whole: bool
+    """False: the recorded run was interrupted, so only its steps can be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A run and its repetition."""
+
+    report: Report
+    same: bool
+    differences: tuple[str, ...]
+    """One sentence each, the first differing step first."""
+
+
+def scenario_of(path: Path) -> Scenario:
+    """The scenario of a run folder, of its failure folder, or in a file. Raises what load_recorded raises."""
+    if path.is_dir() and not (path / SCENARIO).is_file():
+        raise ReplayError(
+            f"{path}: there is no {SCENARIO}; give a run folder (with {SUMMARY}) or its {FAILURE}/ (with {VIOLATIONS})"
+        )
+    return load_scenario(path / SCENARIO if path.is_dir() else path)
+
+
+def load_recorded(path: Path) -> Recorded:
+    """The run behind a run folder, its failure folder or a scenario file; a mere file is run once to have a record.
+
+    ReplayError: neither of these. ScenarioError: the scenario is wrong.
+    """
+    scenario = scenario_of(path)
+    if path.is_file():
+        return _of_report(run(scenario))
+    for name, read in ((SUMMARY, _of_run), (VIOLATIONS, _of_failure)):
+        if (path / name).is_file():
+            try:
+                return read(path, scenario)
+            except (KeyError, TypeError, ValueError, OSError) as error:
+                raise ReplayError(f"{path}: the record is damaged ({error}); run the scenario again") from None
+    raise ReplayError(f"{path}: there is neither {SUMMARY} nor {VIOLATIONS}; give a run folder or its {FAILURE}/")
+
+
+def _of_report(report: Report) -> Recorded:
+    found = tuple((violation.id, violation.step) for violation in report.violations)
+    digests = bytes(report.recorder.hash.step_digests)
+    return Recorded(report.scenario, report.trace_hash, digests, found, whole=True)
+
+
+def _of_run(folder: Path, scenario: Scenario) -> Recorded:
+    summary = cast("dict[str, Any]", read_json(folder / SUMMARY))
+    whole = summary["verdict"] != "interrupted"
+    return Recorded(scenario, str(summary["trace_hash"]), read_step_hashes(folder), _pairs(summary), whole)
+
+
+def _of_failure(folder: Path, scenario: Scenario) -> Recorded:
+    found = cast("dict[str, Any]", read_json(folder / VIOLATIONS))
+    return Recorded(scenario, str(found["trace_hash"]), bytes.fromhex(found["step_hashes"]), _pairs(found), whole=True)
+
+
+def _pairs(found: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    return tuple((str(violation["id"]), int(violation["step"])) for violation in found["violations"])
+
+
+def replay(recorded: Recorded) -> Comparison:
+    """Run it again and compare."""
+    report = run(recorded.scenario)
+    again = _of_report(report)
+    differences: list[str] = []
+    step = first_difference(recorded.step_hashes, again.step_hashes)
+    before, after = len(recorded.step_hashes) // DIGEST_BYTES, len(again.step_hashes) // DIGEST_BYTES
+    if step is not None:
+        differences.append(f"the runs part at completed step {step} (counted from 0)")
+    elif recorded.whole and before != after:
+        differences.append(f"the recorded run completed {before} steps, this one {after}")
+    elif recorded.whole and recorded.trace_hash != again.trace_hash:
+        differences.append(f"the runs part after the last completed step {before - 1}")
+    if recorded.whole and recorded.violations != again.violations:
+        differences.append(f"the recorded run violated {_named(recorded)}, this one {_named(again)}")
+    return Comparison(report, not differences, tuple(differences))
+
+
+def _named(recorded: Recorded) -> str:
+    return ", ".join(f"{name} at step {step}" for name, step in recorded.violations) or "nothing"

@@ -29,16 +29,16 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-"""A whole number; 85e6 is one too."""
+WHOLE = BeforeValidator(_whole)
+"""Comes after the bounds of an Annotated int, so that they reach the JSON Schema."""
 
-Count = Annotated[Whole, Field(ge=1, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE]
 """At least 1."""
 
-Index = Annotated[Whole, Field(ge=0, le=MAX_COUNT)]
+Index = Annotated[int, Field(ge=0, le=MAX_COUNT), WHOLE]
 """At least 0."""
 
-Nanoseconds = Annotated[Whole, Field(ge=0, le=2**62)]
+Nanoseconds = Annotated[int, Field(ge=0, le=2**62), WHOLE]
 """Simulated time in ns."""
 
 Seconds = Annotated[float, Field(ge=0.0, le=1e9)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from sim.scenario.base import Count, Index, Nanoseconds, Seconds, Section, Whole, seconds_to_ns
+from sim.scenario.base import MAX_COUNT, WHOLE, Count, Index, Nanoseconds, Seconds, Section, seconds_to_ns
 from sim.scenario.checks import contradictions
 from sim.scenario.workload_models import WorkloadSettings
 
@@ -27,7 +27,7 @@ class CoreSettings(Section):
     preemption: Literal["none", "recompute"] = Field(
         default="recompute", description="What happens when running sequences are short of pages."
     )
-    lag: Annotated[Whole, Field(ge=0, le=2)] = Field(
+    lag: Annotated[int, Field(ge=0, le=2), WHOLE] = Field(
         default=0, description="Steps planned ahead of the oldest outcome not yet seen by the host."
     )
     mix: Literal["mixed", "prefill_first", "decode_first"] = Field(
@@ -42,7 +42,9 @@ class CacheSettings(Section):
     """Shape and dtype of the KV cache."""
 
     page_size: Count = Field(description="Tokens per page.")
-    num_pages: Annotated[Count, Field(ge=2)] = Field(description="Pages per layer, the dummy page 0 included.")
+    num_pages: Annotated[int, Field(ge=2, le=MAX_COUNT), WHOLE] = Field(
+        description="Pages per layer, the dummy page 0 included."
+    )
     max_sequence_length: Count = Field(description="Longest sequence, in tokens with K/V.")
     layers: Count = Field(default=1, description="Attention layers.")
     kv_heads: Count = Field(default=1, description="KV heads per layer.")
@@ -76,7 +78,9 @@ class ModelSettings(Section):
     kind: Literal["reader", "echo"] = Field(
         default="reader", description="reader reads through the device's page table what was written; echo nothing."
     )
-    vocab_size: Annotated[Count, Field(ge=2)] = Field(default=32_000, description="Token ids, EOS (0) included.")
+    vocab_size: Annotated[int, Field(ge=2, le=MAX_COUNT), WHOLE] = Field(
+        default=32_000, description="Token ids, EOS (0) included."
+    )
     lanes: Count = Field(default=1, description="Words of each K and V vector that the reader compares.")
 
 
@@ -84,7 +88,7 @@ class FixedCost(Section):
     """Every step takes equally long."""
 
     kind: Literal["fixed"] = Field(description="One duration for all steps.")
-    step_ns: Annotated[Nanoseconds, Field(ge=1)] = Field(description="Duration of a step in ns.")
+    step_ns: Annotated[int, Field(ge=1, le=2**62), WHOLE] = Field(description="Duration of a step in ns.")
 
 
 class LinearCost(Section):
@@ -232,7 +236,9 @@ class Scenario(Section):
         description="Names the run folder."
     )
     description: str = Field(default="", description="What the scenario is for, in one line.")
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(default=0, description="Every random draw comes from it.")
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] = Field(
+        default=0, description="Every random draw comes from it."
+    )
     core: CoreSettings = Field(description="The serving core under test.")
     cache: CacheSettings = Field(description="The KV cache.")
     backend: BackendSettings = Field(default_factory=BackendSettings, description="Where the steps run.")

@@ -125,6 +125,8 @@ def _refuse_yaml(name: str, error: Any) -> NoReturn:
     if isinstance(error, DuplicateKeyError):
         key = what.removeprefix('found duplicate key "').partition('"')[0]
         raise ScenarioError([f"{where}: {key}: the key stands here a second time"]) from None
+    if what.startswith("but "):
+        what = f"{error.context} {what}"
     if "'\\t'" in what:
         what = "a tab; YAML indents with spaces"
     raise ScenarioError([f"{where}: not YAML: {what}"]) from None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sim.scenario.base import Count, Rate, Section
+from sim.scenario.base import WHOLE, Count, Rate, Section
 
 TraceFormat = Literal["azure", "mooncake", "burstgpt", "vidur", "jsonl"]
 
@@ -105,7 +105,7 @@ class ZipfTokens(Section):
     kind: Literal["zipf"] = Field(description="Zipf over min..max.")
     exponent: float = Field(default=1.0, ge=0.0, le=20.0, description="0: uniform; the larger, the shorter.")
     min: Count = Field(description="Shortest and most likely, in tokens.")
-    max: Annotated[Count, Field(le=10_000_000)] = Field(description="Longest, in tokens.")
+    max: Annotated[int, Field(ge=1, le=10_000_000), WHOLE] = Field(description="Longest, in tokens.")
 
 
 class EmpiricalTokens(Section):

@@ -63,17 +63,22 @@ class Comparison:
     differing: tuple[tuple[str, str, str], ...]
     """(key, value of a, value of b) of every identity that is not the same."""
 
-    def text(self) -> str:
-        """The comparison as a table in plain text."""
+    @property
+    def same_trace(self) -> bool:
+        """Whether both runs planned, moved and yielded the same, step by step."""
+        return all(key != "trace_hash" for key, _, _ in self.differing)
+
+    def lines(self) -> list[str]:
+        """The comparison as the lines of a table in plain text."""
         head = ("metric", self.name_a, self.name_b, "b / a")
         body = [(row.metric, figure(row.a), figure(row.b), ratio(row.ratio)) for row in self.rows]
         body += [(key, a, b, "") for key, a, b in self.differing]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(4)]
-        lines = [
+        rule = tuple("-" * width for width in widths)
+        return [
             "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip()
-            for line in (head, tuple("-" * width for width in widths), *body)
+            for line in (head, rule, *body)
         ]
-        return "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON values."""
@@ -105,7 +110,7 @@ def figure(value: float | None) -> str:
         return "-"
     if float(value).is_integer() or abs(value) >= 1e4:
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:,.4g}"
 
 
 def ratio(value: float | None) -> str:

@@ -271,7 +271,7 @@ def _read_series(path: Path) -> Series:
     arrays: dict[str, Any] = {}
     name = ""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for name in (*SCALARS, *(name for group in GROUPS for name in group)):
                 arrays[name] = archive[name]
     except FileNotFoundError:

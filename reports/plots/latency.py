@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MARKS = ((0.50, "p50", "-"), (0.90, "p90", "--"), (0.99, "p99", ":"))
 SKEWED = 10.0
-"""From this ratio of p99 to p1 on, the axis is logarithmic."""
+"""From this ratio of the greatest to the least value on, the axis is logarithmic."""
 MAX_HISTOGRAM_BINS = 60
 MARGIN = 0.03
 """Of the axis, left free beyond the least and the greatest value."""
@@ -48,8 +48,8 @@ def figure(record: RunRecord) -> Figure:
 
 def distribution(top: Axes, bottom: Axes, sample: curves.Sample, unit: style.TimeUnit, colour: str) -> None:
     """Draw a sample as histogram (top) and cumulative share (bottom) on the same time axis, with its percentiles."""
-    skewed = sample.values[0] > 0 and sample.quantile(0.99) > SKEWED * sample.quantile(0.01)
     least, greatest = float(sample.values[0]), float(sample.values[-1])
+    skewed = greatest > SKEWED * least > 0
     if least == greatest:
         least, greatest = least * 0.9 - 0.5, greatest * 1.1 + 0.5
     # Rice's rule, so that few observations do not make a comb.

@@ -43,7 +43,7 @@ class Place:
 
     def fail(self, column: str, expected: str, found: object) -> NoReturn:
         """Raise the TraceError for one cell."""
-        text = repr(found)
+        text = str(found) if isinstance(found, Decimal) else repr(found)
         shown = text if len(text) <= 60 else f"{text[:57]}..."
         raise TraceError(
             f"{self.path}:{self.line}: row {self.row}, column {column}: expected {expected}, found {shown}"

@@ -74,11 +74,10 @@ def test_what_is_written_is_read_back_to_the_tick_of_the_format(
 
 
 @given(st.integers(0, 10**15), st.integers(0, 6))
-def test_decimal_digits_become_nanoseconds_without_a_float(whole: int, digits: int) -> None:
+def test_decimal_digits_become_nanoseconds_half_to_even_without_a_float(whole: int, digits: int) -> None:
     text = f"{whole // 10**digits}.{whole % 10**digits:0{digits}d}" if digits else str(whole)
-    assert decimal_ns(text, 9 if whole < 10**9 else 3) == int(
-        Fraction(whole, 10**digits) * 10 ** (9 if whole < 10**9 else 3)
-    )
+    unit = 9 if whole < 10**9 else 3
+    assert decimal_ns(text, unit) == round(Fraction(whole, 10**digits) * 10**unit)
 
 
 def test_a_binary_float_printed_in_full_rounds_to_the_nanosecond_it_meant() -> None:

@@ -99,7 +99,7 @@ class ModelIOProcessor:
             tokens.append(_chunk(ongoing_prefill.token_ids, chunk_id, size))
             positions.append(_chunk(ongoing_prefill.positions, chunk_id, size))
             attn_meta = attn_meta.replace(
-                prefill_length=xp.minimum(ongoing_prefill.length, positions[0][-1] + 1),
+                prefill_length=xp.asarray(xp.minimum(ongoing_prefill.length, positions[0][-1] + 1)),
                 prefill_position=positions[0],
                 prefill_page_table=ongoing_prefill.page_indices,
             )
@@ -135,8 +135,8 @@ class ModelIOProcessor:
         output = ModelOutputBatch.init_empty()
         if first:
             output = output.replace(
-                prefill_complete=complete[0],
-                prefill_token_id=next_token[0],
+                prefill_complete=xp.asarray(complete[0]),
+                prefill_token_id=xp.asarray(next_token[0]),
                 prefill_next_position=xp.where(complete[0], FREE_POSITION, attn_meta.prefill_length),
             )
         if slots:

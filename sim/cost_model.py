@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int64
 
 from paged_attention.plan import StepPlan
 from sim.scenario.models import CostSettings, FixedCost, LinearCost, RooflineDevice, RooflineModel
@@ -132,34 +133,29 @@ class Roofline:
         windowed layers each token attends to at most `window`.
         """
         model = self.decoder
-        weights = plan.num_tokens * model.layers * model.layer_weights + int(plan.samples.sum()) * model.head_weights
-        start, end = _bounds(plan)
-        attended = _triangle(end) - _triangle(start)
-        total = model.layers * int(attended.sum())
+        sampled = int(np.count_nonzero(plan.samples))
+        weights = plan.num_tokens * model.layers * model.layer_weights + sampled * model.head_weights
+        start, count = plan.start.astype(np.int64), plan.count.astype(np.int64)
+        attended = model.layers * ((2 * int(count @ start) + int(count @ count) + plan.num_tokens) // 2)
         if model.window:
-            beyond = _triangle(np.maximum(end - model.window, 0)) - _triangle(np.maximum(start - model.window, 0))
-            total -= model.layers // 2 * int(beyond.sum())
-        return 2 * weights + 4 * model.heads * model.head_dim * total
+            hidden = _triangle(start + count - model.window) - _triangle(start - model.window)
+            attended -= model.layers // 2 * int(hidden.sum())
+        return 2 * weights + 4 * model.heads * model.head_dim * attended
 
     def bytes_moved(self, plan: StepPlan) -> int:
         """Each weight once, the K and V that each row reads once, and those that it writes."""
         model = self.decoder
         weights = model.layers * model.layer_weights + model.head_weights
-        start, end = _bounds(plan)
-        read = model.layers * int(end.sum())
+        read = model.layers * (int(np.add.reduce(plan.start, dtype=np.int64)) + plan.num_tokens)
         if model.window:
-            read -= model.layers // 2 * int(np.maximum(start - model.window + 1, 0).sum())
+            read -= model.layers // 2 * int(np.maximum(plan.start - (model.window - 1), 0).sum(dtype=np.int64))
         written = model.layers * plan.num_tokens
         return BYTES_PER_WORD * (weights + 2 * model.kv_heads * model.head_dim * (read + written))
 
 
-def _bounds(plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
-    start = plan.start.astype(np.int64)
-    return start, start + plan.count
-
-
-def _triangle(n: np.ndarray) -> np.ndarray:
-    return n * (n + 1) // 2
+def _triangle(n: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    """1 + 2 + ... + n, and 0 below 1."""
+    return np.maximum(n, 0) * (n + 1) // 2
 
 
 def cost_model(settings: CostSettings) -> CostModel:

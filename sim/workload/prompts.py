@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
+
 import numpy as np
 from jaxtyping import Int32
 
-from paged_attention.fingerprint import GOLDEN, mix32, token
-
-PROMPT_SALT = 0x50524F4D
-"""Keeps prompts apart from sampled tokens, which hash seeds too ("PROM" in ASCII)."""
+from paged_attention.fingerprint import GOLDEN, mix32
 
 
 def prompt_tokens(seed: int, request: int, n: int, vocab: int) -> Int32[np.ndarray, " prompt_tokens"]:
     """`n` token ids in 1 .. vocab - 1 (never EOS); a longer prompt begins with the shorter one."""
-    words = np.array([seed & 0xFFFFFFFF, seed >> 32, request & 0xFFFFFFFF], np.uint32)
-    key = np.array([PROMPT_SALT], np.uint32)
-    for word in words:
-        key = mix32(key * np.uint32(GOLDEN) + word)
-    return token(key, np.arange(n, dtype=np.uint32), vocab)
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, request), digest_size=4, person=b"prompt").digest()
+    key = np.uint32(int.from_bytes(digest, "little"))
+    mixed = mix32(np.arange(n, dtype=np.uint32) * np.uint32(GOLDEN) + key)
+    return (mixed % np.uint32(vocab - 1) + np.uint32(1)).astype(np.int32)

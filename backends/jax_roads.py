@@ -24,8 +24,8 @@ _POSITION, _COUNT, _BASE, _SEED, _EOS, _SAMPLES, _TABLE = range(7)
 
 def pack_facts(plan: StepPlan, rows: ModelRows, num_slots: int) -> Int32[np.ndarray, "3 device_rows"]:
     """What the scripted model knows of [prefill][slots], for the native road; num_slots is 0 without decodes."""
-    at = device_rows(plan, num_slots)
-    facts = np.full((3, num_slots + int(at[0] == 0 and plan.slot[0] < 0)), -1, np.int32)
+    facts = np.full((3, int(plan.slot[0] < 0) + num_slots), -1, np.int32)
+    at = device_rows(plan)
     facts[0, at] = rows.kv_base.view(np.int32)
     facts[1, at] = rows.eos_position
     facts[2] = 1
@@ -33,10 +33,9 @@ def pack_facts(plan: StepPlan, rows: ModelRows, num_slots: int) -> Int32[np.ndar
     return facts
 
 
-def device_rows(plan: StepPlan, num_slots: int) -> Int32[np.ndarray, " rows"]:
+def device_rows(plan: StepPlan) -> Int32[np.ndarray, " rows"]:
     """Where each row of a native plan stands in [prefill][slots]."""
-    has_prefill = int(plan.slot[0] < 0)
-    return np.where(plan.slot < 0, 0, plan.slot + has_prefill)
+    return plan.slot + 1 if plan.slot[0] < 0 else plan.slot
 
 
 def native_step(
@@ -64,7 +63,8 @@ def pack_rows(
     used[:, _SEED] = rows.token_seed.view(np.int32)[chosen]
     used[:, _EOS] = rows.eos_position[chosen]
     used[:, _SAMPLES] = plan.samples[chosen]
-    used[:, _TABLE : _TABLE + plan.table.shape[1]] = plan.table[chosen]
+    width = min(plan.table.shape[1], num_pages)
+    used[:, _TABLE : _TABLE + width] = plan.table[chosen, :width]
     dead = dead_rows(plan, rows)[chosen]
     if np.count_nonzero(dead):
         used[dead, _POSITION], used[dead, _COUNT] = -1, 0

@@ -215,12 +215,14 @@ def _zeros(
     register()
     heads = shape[layout.axes.index(PAGE_AXES[0])]
 
-    def pages() -> Any:
-        zeros = jnp.zeros(shape, dtype)
-        return zeros if quantizer is None else quantizer.quantize(zeros)
-
     def place(array: Any) -> NamedSharding:
         return page_sharding(mesh, layout, array.shape, heads, partition_manager)
+
+    if quantizer is None:
+        return jnp.zeros(shape, dtype, device=place(jax.ShapeDtypeStruct(shape, dtype)))
+
+    def pages() -> Any:
+        return quantizer.quantize(jnp.zeros(shape, dtype))
 
     return jax.jit(pages, out_shardings=jax.tree.map(place, jax.eval_shape(pages)))()
 

@@ -1,0 +1,82 @@
+"""The host's side of looking into the pages: pads requests to compiled sizes, and words what came back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from numpy.typing import NDArray
+
+from backends import jax_probe as probe
+from backends.jax_programs import Programs
+from backends.jax_step import Pools
+from backends.words import KINDS, ONE_BITS
+from paged_attention.fingerprint import WORD_MASK, words
+from paged_attention.plan import Ints, WrongPlace
+
+
+def page_words(programs: Programs, pools: Pools, pages: Ints) -> NDArray[np.unsignedinteger[Any]]:
+    """Copies of whole pages' raw words, axes (2 for K and V, layers, heads, pages, page_size, head_dim)."""
+    cache = programs.model.cache
+    offset = np.arange(cache.page_size, dtype=np.int32)
+    held = [np.zeros((0, cache.layers, 2, cache.kv_heads, cache.head_dim), WORD_MASK[programs.model.dtype][0])]
+    for part in parts(pages, probe.PAGES_PER_CALL):
+        places = np.repeat(part, len(offset)), np.tile(offset, len(part))
+        held.append(_fetch(programs, pools, *places, probe.PAGES_PER_CALL * len(offset))[0])
+    stacked = np.concatenate(held)
+    by_page = stacked.reshape(len(pages), len(offset), *stacked.shape[1:])
+    return np.ascontiguousarray(by_page.transpose(3, 2, 4, 0, 1, 5))
+
+
+def first_wrong(
+    programs: Programs, pools: Pools, packed: Int32[np.ndarray, "3 places"], limit: int
+) -> list[WrongPlace]:
+    """The first wrong ones among places (page, offset, kv_id), by place, then layer, K before V, then head."""
+    wrong: list[WrongPlace] = []
+    for part in parts(np.arange(packed.shape[1]), probe.PLACES_PER_CALL[-1]):
+        places = packed[:, part]
+        width = next(size for size in probe.PLACES_PER_CALL if size >= len(part))
+        num_wrong, flags = programs.wrong_places(width)(pools, padded(places, width), np.int32(len(part)))
+        if int(num_wrong):
+            suspects = places[:, np.flatnonzero(np.asarray(flags)[: len(part)])[:limit]]
+            for few in parts(np.arange(suspects.shape[1]), probe.DETAILS_PER_CALL):
+                wrong += _details(programs, pools, suspects[:, few])
+        if len(wrong) >= limit:
+            break
+    return wrong[:limit]
+
+
+def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 places"]) -> list[WrongPlace]:
+    pages, offsets, kv_ids = places
+    found, scales = _fetch(programs, pools, pages, offsets, probe.DETAILS_PER_CALL)
+    ids = kv_ids.view(np.uint32)[:, None, None, None, None]
+    expected = words(ids, programs.model.salts, programs.model.dtype)
+    if scales is not None:
+        one = np.where(ids == 0, 0, ONE_BITS).astype(np.uint32)
+        found = np.concatenate([found, scales[..., None]], axis=-1)
+        expected = np.concatenate([expected, np.broadcast_to(one, (*scales.shape, 1))], axis=-1)
+    wrong: list[WrongPlace] = []
+    for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1)).tolist():
+        held, wanted = (tuple(array[place, layer, kind, head].tolist()) for array in (found, expected))
+        wrong.append(WrongPlace(layer, KINDS[kind], head, int(pages[place]), int(offsets[place]), held, wanted))
+    return wrong
+
+
+def _fetch(programs: Programs, pools: Pools, pages: Any, offsets: Any, width: int) -> tuple[Any, Any]:
+    """Raw words and scale bits of up to `width` places, as copies."""
+    found, scales = programs.place_words(width)(pools, padded(pages, width), padded(offsets, width))
+    count = len(pages)
+    return np.array(np.asarray(found)[:count]), None if scales is None else np.array(np.asarray(scales)[:count])
+
+
+def parts(array: Any, size: int) -> list[Any]:
+    """`array` in pieces of at most `size`."""
+    return [array[at : at + size] for at in range(0, len(array), size)]
+
+
+def padded(array: Any, width: int, value: int = 0) -> Any:
+    """`array` with its last axis padded to `width`."""
+    room = np.full((*array.shape[:-1], width), value, array.dtype)
+    room[..., : array.shape[-1]] = array
+    return room

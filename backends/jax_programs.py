@@ -1,0 +1,119 @@
+"""The compiled programs of the JAX backend: which there are, what they are keyed on, and how many were compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from backends import jax_probe as probe
+from backends import jax_roads as roads
+from backends.jax_devices import make_mesh
+from backends.jax_step import Pools, ScriptedModel
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
+from paged_attention import pytree
+from paged_attention.cache import PagedAttentionCache, data_movement_options, page_sharding
+from paged_attention.layout import LAYOUTS
+from paged_attention.metadata import PagedAttentionCacheMetaData
+from paged_attention.quantize import Int8PerTokenHead
+
+READER_TILE_PAGES = {"cpu": 256}
+"""Pages that the reader reads at once; 4096 on accelerators, where a loop's turns cost more."""
+
+
+class Programs:
+    """Everything that JAX compiles for one cache, one model and one mesh.
+
+    Programs that write donate the pools (their first argument) and give them back in the same place.
+    """
+
+    def __init__(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
+        self.mesh, self._heads = make_mesh(devices, cache)
+        pytree.register()
+        self._cache, self._layout = cache, LAYOUTS[cache.layout]
+        self._metadata = PagedAttentionCacheMetaData(
+            batch_size=cache.batch_size,
+            num_hidden_layers=cache.layers,
+            num_pages_per_layer=cache.num_pages,
+            num_pages_per_sequence=-(-cache.max_sequence_length // cache.page_size),
+            max_sequences=cache.max_sequence_length,
+            page_size=cache.page_size,
+            num_kv_heads=cache.kv_heads,
+            kv_head_dim_size=cache.head_dim,
+            hbm_utilization=1.0,
+        )
+        shapes, tree = jax.tree.flatten(jax.eval_shape(self._new_cache))
+        tile_pages = READER_TILE_PAGES.get(devices.platform, 4096)
+        self.model = ScriptedModel(cache, model, self._metadata, tree, tile_pages)
+        self._options = data_movement_options(devices.platform, cache.dtype)
+        self._replicated = NamedSharding(self.mesh, PartitionSpec())
+        self._pool_shardings = tuple(
+            page_sharding(self.mesh, self._layout, pool.shape, cache.kv_heads, self._heads) for pool in shapes
+        )
+        # Whole, half and quarter batches: a wide page table costs more to hand over than a program to compile.
+        halves = [cache.batch_size // part for part in (4, 2) if cache.batch_size // part >= 16]
+        self.decode_buckets = [*halves, cache.batch_size]
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self.num_compiled = 0
+
+    def new_pools(self) -> Pools:
+        """The arrays of a cache of zeros."""
+        return tuple(jax.tree.leaves(self._new_cache()))
+
+    def native_step(self, chunk_rows: int, num_slots: int) -> Callable[..., Any]:
+        """(pools, model_input, facts) -> (pools, output, yielded); keyed on the sizes of the input's two parts."""
+        key = ("native_step", chunk_rows, num_slots)
+        return self._writing(key, partial(roads.native_step, self.model), num_results=2)
+
+    def rows_step(self, chunk_rows: int, num_decodes: int) -> Callable[..., Any]:
+        """(pools, packed rows) -> (pools, yielded)."""
+        key = ("rows_step", chunk_rows, num_decodes)
+        return self._writing(key, partial(roads.rows_step, self.model, chunk_rows), num_results=1)
+
+    def spoil_pages(self, how: Literal["nan", "big"]) -> Callable[..., Any]:
+        """(pools, page ids) -> (pools,)."""
+
+        def spoil(pools: Pools, page: Any) -> tuple[Pools]:
+            return (probe.spoil_pages(self.model, pools, page, how),)
+
+        return self._writing(("spoil_pages", how), spoil, num_results=0)
+
+    def wrong_places(self, width: int) -> Callable[..., Any]:
+        """(pools, packed places, count) -> (number of wrong ones, flags)."""
+        return self._program(("wrong_places", width), partial(probe.wrong_places, self.model))
+
+    def place_words(self, width: int) -> Callable[..., Any]:
+        """(pools, pages, offsets) -> (words, scales)."""
+        return self._program(("place_words", width), partial(probe.place_words, self.model))
+
+    def _new_cache(self) -> PagedAttentionCache:
+        quantizer = Int8PerTokenHead(self._cache.dtype) if self._cache.quantize else None
+        return PagedAttentionCache.init_cache(
+            self.mesh, self._cache.dtype, self._metadata, self._heads, quantizer, layout=self._layout
+        )
+
+    def _writing(self, key: tuple[Any, ...], body: Callable[..., Any], num_results: int) -> Any:
+        shardings = (self._pool_shardings, *[self._replicated] * num_results)
+        return self._program(key, body, donate_argnums=0, out_shardings=shardings)
+
+    def _program(self, key: tuple[Any, ...], body: Callable[..., Any], **jit_options: Any) -> Any:
+        if key not in self._made:
+
+            def counted(*args: Any) -> Any:
+                self.num_compiled += 1  # runs while JAX traces, which is once for each program that it compiles
+                return body(*args)
+
+            self._made[key] = jax.jit(counted, compiler_options=self._options, **jit_options)
+        return self._made[key]
+
+
+@functools.lru_cache(maxsize=32)
+def programs_for(
+    cache: CacheSpec, model: ModelSpec, platform: Literal["cpu", "gpu", "tpu"], mesh: tuple[tuple[str, int], ...]
+) -> Programs:
+    """The programs for these specifications; made once in a process, as JAX's own compiled programs are."""
+    return Programs(cache, model, DeviceSpec(platform, dict(mesh)))

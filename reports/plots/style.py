@@ -152,9 +152,13 @@ def sheet(
     return figure, list(axes.ravel())
 
 
-def legend(axes: Axes, **options: Any) -> None:
-    """A legend to the right of the axes, where it hides no data."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, alignment="left", **options)
+def legend(axes: Axes, title: str | None = None, **options: Any) -> None:
+    """A legend to the right of the axes, where it hides no data; none where there is nothing to say."""
+    if "handles" not in options:
+        options["handles"], options["labels"] = axes.get_legend_handles_labels()
+    if options["handles"] or title:
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "alignment": "left"}
+        axes.legend(title=title, **place, **options)
 
 
 def say(axes: Axes, text: str) -> None:

@@ -164,19 +164,8 @@ def latency(values_ns):
 
 
 STEP_COLUMNS = [
-    "step",
-    "start_ns",
-    "end_ns",
-    "prefill_tokens",
-    "decode_tokens",
-    "running",
-    "waiting",
-    "slots_used",
-    "pages_owned",
-    "pages_free",
-    "pages_fenced",
-    "live_tokens",
-    "preemptions",
+    *("step", "start_ns", "end_ns", "prefill_tokens", "decode_tokens", "running", "waiting", "slots_used"),
+    *("pages_owned", "pages_free", "pages_fenced", "live_tokens", "preemptions"),
 ]
 
 

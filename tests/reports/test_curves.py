@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reports import curves
@@ -24,6 +24,7 @@ def series_of(steps, **events):
     return Series(**columns | empty | {name: np.asarray(value, np.int64) for name, value in given.items()} | scalars)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**12), st.integers(1, 5)), min_size=1, max_size=20), st.floats(0, 1))
 def test_quantiles_are_those_of_the_observations_written_out(observed, q):
     counts = {}
@@ -36,6 +37,7 @@ def test_quantiles_are_those_of_the_observations_written_out(observed, q):
     assert sample.quantile(q) == pytest.approx(np.quantile(written_out, q), rel=1e-9)
 
 
+@settings(deadline=None)
 @given(STEPS, st.integers(1, 17))
 def test_bins_show_mean_least_and_greatest_of_what_happened_in_them(steps, count):
     series = series_of(steps)
@@ -56,6 +58,7 @@ def test_bins_show_mean_least_and_greatest_of_what_happened_in_them(steps, count
         assert {shown.low[i], shown.high[i]} <= set(stairs.values)
 
 
+@settings(deadline=None)
 @given(STEPS, st.integers(1, 17))
 def test_no_token_is_lost_or_counted_twice_in_the_throughput(steps, count):
     series = series_of(steps)
@@ -84,6 +87,7 @@ def test_bins_have_round_widths(span, bins, width):
     assert curves.nice_width_ns(span, bins) == width
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**15), st.integers(1, 400))
 def test_bins_of_a_round_width_are_never_more_than_asked_for(span, bins):
     width = curves.nice_width_ns(span, bins)
@@ -91,6 +95,7 @@ def test_bins_of_a_round_width_are_never_more_than_asked_for(span, bins):
     assert str(width).rstrip("0") in ("1", "2", "5")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.integers(1, 8), st.integers(-2, 5)), max_size=40),
     st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=5),

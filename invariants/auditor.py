@@ -4,38 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from jaxtyping import UInt32
-from numpy import ndarray
+import numpy as np
 
+from invariants.catalogue import select
+from invariants.contents import ContentJudge
+from invariants.device import Device
+from invariants.findings import Findings
+from invariants.ledger import Ledger
+from invariants.lifecycle import LifeJudge
+from invariants.liveness import LivenessJudge
+from invariants.metrics import MetricJudge, Said, Totals
+from invariants.outputs import OutputJudge
+from invariants.pages import PageJudge
+from invariants.records import Flight
+from invariants.rows import ROW_FAMILY, RowJudge
+from invariants.schedule import ScheduleJudge
+from invariants.snapshots import SnapshotJudge
+from invariants.tables import TableJudge
 from invariants.violation import Violation
 from paged_attention.plan import (
     CoreSnapshot,
     DeclaredPolicy,
     Effect,
-    Evidence,
-    Ints,
     ModelRows,
     Request,
     StepOutcome,
     StepPlan,
-    WrongPlace,
 )
 
+__all__ = ["AuditConfig", "Auditor", "Device", "Totals"]
 
-class Device(Protocol):
-    """What the auditor asks of a backend: two reading methods of `backends.protocol.Backend`."""
+Snapshot = Callable[[], CoreSnapshot] | None
 
-    def verify(
-        self, pages: Ints, offsets: Ints, kv_ids: UInt32[ndarray, " places"], limit: int = 8
-    ) -> tuple[WrongPlace, ...]:
-        """Compare places with the fingerprints of ids (0: never written); the first wrong ones."""
-        ...
+DEVICE_ROWS_EVERY = 16
+"""A few rows of the device batch are compared each n-th dispatched step; all of them on full steps."""
 
-    def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
-        """What lies on the device now; None: this backend holds no cache."""
-        ...
+DEVICE_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +58,6 @@ class AuditConfig:
     max_violations: int = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What the run's recorder counted, judged at the end against the auditor's own books (M1, M2, M5).
-
-    `scheduled_tokens`: tokens of all plans that were not abandoned. `live`: neither finished, cancelled nor rejected.
-    `request_ns`: the recorder's integral of live requests over time (None: not measured); rejected ones are not in it.
-    """
-
-    scheduled_tokens: int
-    arrived: int
-    finished: int
-    cancelled: int
-    rejected: int
-    live: int
-    request_ns: int | None = None
-
-
 class Auditor:
     """Judges a serving core and its device from values alone.
 
@@ -79,35 +67,181 @@ class Auditor:
     """
 
     def __init__(self, policy: DeclaredPolicy, config: AuditConfig, vocab_size: int | None) -> None:
-        self.policy = policy
+        # D1 is judged over two runs (invariants.determinism), O1 needs the model.
+        on = select(config.only) - {"D1"} - (frozenset({"O1"}) if vocab_size is None else frozenset[str]())
         self.config = config
-        self.violations: list[Violation] = []
+        self._findings = findings = Findings(on, config.max_violations)
+        self._ledger = ledger = Ledger(policy, vocab_size)
+        self._pages = PageJudge(ledger, findings)
+        self._outputs = OutputJudge(ledger, findings)
+        self._liveness = LivenessJudge(ledger, findings)
+        self._metrics = MetricJudge(ledger, findings)
+        self._life = LifeJudge(ledger, findings, self._pages, self._outputs, self._liveness, self._metrics)
+        self._tables = TableJudge(ledger, findings)
+        self._rows = RowJudge(ledger, findings, self._tables, self._pages)
+        self._schedule = ScheduleJudge(ledger, findings, self._life)
+        self._snapshots = SnapshotJudge(ledger, findings, self._tables)
+        self._contents = ContentJudge(ledger, findings)
+        self._rows_on = findings.any_on((*ROW_FAMILY, "R1", "R2"))
+        self._device_rows_on = findings.any_on(("T1", "T2", "T6"))
+        self._planned = 0
+        self._applied = 0
+        self._dispatched = 0
+        self._blocked = -1
+
+    @property
+    def violations(self) -> list[Violation]:
+        """What was found so far, oldest first; at most `max_violations`."""
+        return self._findings.violations
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """For each invariant that is on: how often it was checked, non-trivially checked, and violated."""
+        self._rows.settle_counts()
+        return self._findings.counters()
+
+    # ---- requests come and go
 
     def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
         """A request was handed to the core; `refusal` is the text of its ValueError."""
+        self._findings.time_ns = now_ns
+        self._metrics.arrived += 1
+        self._metrics.rejected += refusal is not None
+        self._life.submit(now_ns, request, effects, refusal)
 
     def cancelled(self, now_ns: int, request: int, effects: tuple[Effect, ...]) -> None:
         """The core was told to drop a request."""
+        self._findings.time_ns = now_ns
+        self._life.cancel(request, effects)
+        self._pages.settled(fences=False)
 
-    def planned(self, now_ns: int, plan: StepPlan, snapshot: Callable[[], CoreSnapshot] | None) -> None:
+    # ---- a step
+
+    def planned(self, now_ns: int, plan: StepPlan, snapshot: Snapshot) -> None:
         """The core planned a step; its effects happened before its rows."""
+        findings, ledger, life = self._findings, self._ledger, self._life
+        findings.step, findings.time_ns = plan.step, now_ns
+        life.begin_plan()
+        life.follow(plan.effects, "plan")
+        self._pages.settled(fences=False)
+        self._metrics.planned_tokens += plan.num_tokens
+        if not self._schedule.well_formed(plan):
+            ledger.flights[plan.step] = Flight(plan, [], 0, np.zeros(0, np.int32), np.zeros(0, np.int32), [])
+            return
+        judge = self._rows_on and self._planned % self.config.every == 0
+        flight, progress = self._rows.follow(plan, judge=judge)
+        ledger.flights[plan.step] = flight
+        if life.granted:
+            self._judge_grants(plan.step)
+        self._schedule.judge(plan, flight.first, self._rows.in_step)
+        self._liveness.planned(plan.num_rows, progress=progress)
+        newly_blocked = self._schedule.blocked not in {-1, self._blocked}
+        self._blocked = self._schedule.blocked
+        failed = newly_blocked or bool(life.preempted)
+        if snapshot is not None and (failed or self._planned % self.config.full_every == 0):
+            self._snapshots.judge(snapshot(), after_failure=failed)
+        self._planned += 1
 
-    def idle(self, now_ns: int, snapshot: Callable[[], CoreSnapshot] | None) -> None:
-        """`core.plan()` gave None. With nothing in flight, nothing runnable may be left (S11)."""
+    def _judge_grants(self, step: int) -> None:
+        """P6 also for those that were given pages and have no row in this step."""
+        in_step = self._rows.in_step
+        for live, admission in self._life.granted:
+            slot = admission.slot
+            ran = live.prefill_step == step or (slot >= 0 and (in_step is None or slot in in_step))
+            if not ran and not admission.released:
+                self._tables.judge_size(admission, self._ledger.computed(admission), None, f"after step {step}")
+
+    def idle(self, now_ns: int, snapshot: Snapshot) -> None:
+        """`core.plan()` gave None. With nothing in flight, nothing may be left that could run (S11)."""
+        findings, ledger = self._findings, self._ledger
+        findings.time_ns = now_ns
+        if ledger.flights:
+            if snapshot is not None and self.config.full_every == 1:
+                self._snapshots.judge(snapshot(), after_failure=True)
+            return
+        self._liveness.unplanned_submission = False
+        findings.counts["S11"].add(1, 1)
+        if ledger.live:
+            states = {request: live.state for request, live in ledger.live.items()}
+            findings.breach(
+                "S11",
+                f"the core has nothing to run while nothing is in flight, but request {next(iter(states))} is"
+                f" {next(iter(states.values()))}",
+                requests=states,
+                expected="a plan as long as a request is live",
+                found=f"no plan; {states}",
+            )
+        if snapshot is not None:
+            self._snapshots.judge(snapshot(), after_failure=True)
 
     def dispatched(self, now_ns: int, plan: StepPlan, rows: ModelRows | None, device: Device | None) -> None:
         """The step was handed to the device and no later one was: K/V is judged in program order."""
+        self._findings.step, self._findings.time_ns = plan.step, now_ns
+        flight = self._ledger.flights.get(plan.step)
+        if flight is None:
+            return
+        if rows is not None:
+            for row, live, _, _, _ in flight.prefills:
+                self._ledger.learn_eos(live, rows.eos_position.item(row))
+        if device is not None and (self._contents.on or self._device_rows_on) and self._contents.open(device):
+            self._judge_device(flight, device)
+
+    def _judge_device(self, flight: Flight, device: Device) -> None:
+        turn, config = self._dispatched, self.config
+        self._dispatched += 1
+        full = turn % config.full_every == 0
+        if self._contents.on:
+            self._contents.dispatched(flight, device, check=turn % config.device_every == 0)
+            if full:
+                self._contents.whole_pool(device)
+        if self._device_rows_on and (full or turn % DEVICE_ROWS_EVERY == 0):
+            batch = len(self._ledger.occupant)
+            some = min(DEVICE_ROWS, batch)
+            first = turn // DEVICE_ROWS_EVERY * some
+            slots = range(batch) if full else sorted({(first + i) % batch for i in range(some)})
+            evidence = device.evidence(np.array(slots, np.int32), np.zeros(1, np.int32))
+            if evidence is not None:
+                self._tables.judge_evidence(evidence, frozenset(flight.slots.tolist()))
 
     def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
         """The outcome of a step reached the host; the core has not seen it yet."""
+        self._findings.step, self._findings.time_ns = plan.step, now_ns
+        flight = self._ledger.flights.get(plan.step)
+        if flight is not None:
+            self._outputs.executed(flight, outcome)
 
-    def applied(
-        self, now_ns: int, step: int, effects: tuple[Effect, ...], snapshot: Callable[[], CoreSnapshot] | None
-    ) -> None:
+    def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...], snapshot: Snapshot) -> None:
         """The core took in the outcome of a step."""
+        self._findings.step, self._findings.time_ns = step, now_ns
+        flight = self._ledger.flights.pop(step, None)
+        if flight is None:
+            self._life.follow(effects, "apply")
+            return
+        for row, live, admission, _, _ in flight.prefills:
+            if flight.plan.samples.item(row):
+                live.sampled_admission = admission.number
+                if live.first_token_ns is None:
+                    live.first_token_ns = now_ns
+        self._outputs.begin_apply(flight)
+        self._pages.begin_apply(flight.eos)
+        self._life.follow(effects, "apply")
+        self._outputs.end_apply()
+        self._pages.settled(fences=True)
+        if snapshot is not None and self._applied % self.config.full_every == 0:
+            self._snapshots.judge(snapshot(), after_failure=False)
+        self._applied += 1
 
     def abandoned(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
         """The newest plan never ran and was taken back."""
+        self._findings.step, self._findings.time_ns = step, now_ns
+        flight = self._ledger.flights.pop(step, None)
+        if flight is not None:
+            self._rows.take_back(flight)
+            self._metrics.planned_tokens -= flight.plan.num_tokens
+            self._liveness.abandoned(flight)
+        self._life.follow(effects, "abandon")
+        self._pages.settled(fences=True)
+
+    # ---- what the recorder says
 
     def measured(self, now_ns: int, step: int, pages_owned: int, running: int, waiting: int) -> None:
         """What the recorder wrote down at this very moment (M3).
@@ -115,9 +249,12 @@ class Auditor:
         `pages_owned` leaves out fenced pages; `running` counts admitted requests that have not ended (prefill, joining,
         running, draining); `waiting` counts those in the waiting queue.
         """
+        self._findings.step, self._findings.time_ns = step, now_ns
+        self._metrics.measured(pages_owned, running, waiting)
 
     def request_done(
         self,
+        *,
         request: int,
         arrival_ns: int,
         admitted_ns: int | None,
@@ -131,17 +268,26 @@ class Auditor:
         `admitted_ns` is its first admission, `first_token_ns` when its first token was applied; None where there was
         none. `finish_ns` is the time of its end or cancel.
         """
+        self._metrics.request_done(
+            Said(arrival_ns, admitted_ns, first_token_ns, finish_ns, output_tokens), request, itl_sum_ns
+        )
 
     def finished(
         self,
         now_ns: int,
         pending: Mapping[int, str],
-        snapshot: Callable[[], CoreSnapshot] | None,
+        snapshot: Snapshot,
         device: Device | None,
         totals: Totals,
     ) -> None:
         """The run is over: everything must be back where it was (P12, L6, M1, M2, M5, K2 over the whole pool)."""
-
-    def counters(self) -> dict[str, dict[str, int]]:
-        """For each invariant that is on: how often it was checked, non-trivially checked, and violated."""
-        return {}
+        self._findings.time_ns = now_ns
+        self._liveness.finished(pending)
+        if snapshot is not None:
+            last = snapshot()
+            self._snapshots.judge(last, after_failure=False)
+            if not self._ledger.live:
+                self._snapshots.judge_empty(last)
+        if device is not None and self._contents.on and self._contents.open(device):
+            self._contents.whole_pool(device)
+        self._metrics.judge_totals(totals)

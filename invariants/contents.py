@@ -1,0 +1,267 @@
+"""K: every token's K and V lie where the books say, and nothing else was touched.
+
+The shadow holds, for each place of the pool, the kv_id that must lie there (0: never written). What is compared:
+
+- each checked step: every place the step wrote, and one older token of each decode row; of all pages touched when these
+  are at most SMALL_PLACES, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages;
+- each `full_every`-th step and at the end: every place of the pool but the dummy page.
+
+One `verify` call a step. Pages of rows that are dead on the device (their EOS came at an earlier step) are not written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int32
+from numpy import ndarray
+from numpy.typing import NDArray
+
+from invariants.device import Device
+from invariants.findings import Findings
+from invariants.ledger import Ledger
+from invariants.owners import Decoder
+from invariants.records import Flight
+from paged_attention import fingerprint
+from paged_attention.plan import WrongPlace
+
+SMALL_PLACES = 1024
+"""Up to here all places of the touched pages are compared in every step: a few kilobytes of ids."""
+
+WHOLE_PAGES_EVERY = 8
+"""Beyond that, whole touched pages are compared each n-th step."""
+
+FAMILY = ("K1", "K2", "K3", "K9")
+
+
+PLACE = np.dtype([("id", np.uint32), ("request", np.int32), ("admission", np.int32), ("position", np.int32)])
+"""What the shadow says of one place: the kv_id that must lie there, and whose token that is."""
+
+Places = NDArray[np.void]
+"""An array of PLACE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The places of one step's writes, and what the shadow said of them before and after."""
+
+    pages: Int32[ndarray, " places"]
+    offsets: Int32[ndarray, " places"]
+    before: Places
+    after: Places
+
+
+class ContentJudge:
+    """The shadow K/V pool, and its comparison with the device."""
+
+    def __init__(self, ledger: Ledger, findings: Findings) -> None:
+        self.ledger = ledger
+        self.findings = findings
+        self.on = findings.any_on(FAMILY)
+        self.shadow: Places = np.zeros((ledger.policy.num_pages, ledger.page_size) if self.on else (1, 1), PLACE)
+        self.decoder: Decoder | None = None
+        self.opened = False
+
+    def open(self, device: Device) -> bool:
+        """Look at the device once: whether it holds a cache."""
+        if not self.opened:
+            self.opened = True
+            evidence = device.evidence(np.zeros(1, np.int32), np.zeros(1, np.int32))
+            if evidence is not None:
+                self.decoder = Decoder(evidence)
+        return self.decoder is not None
+
+    # ---- a step
+
+    def dispatched(self, flight: Flight, device: Device, *, check: bool) -> None:
+        """Follow a step's writes, and (`check`) compare the device with the shadow."""
+        written = self._follow(flight)
+        if not check:
+            return
+        touched = np.flatnonzero(np.bincount(written.pages, minlength=len(self.shadow))).astype(np.int32)
+        if len(touched) * self.ledger.page_size <= SMALL_PLACES or self.findings.step % WHOLE_PAGES_EVERY == 0:
+            self._verify_pages(touched, device, written)
+            return
+        older_pages, older_offsets = self._older(flight)
+        pages = np.concatenate([written.pages, older_pages])
+        offsets = np.concatenate([written.offsets, older_offsets])
+        self._count(len(pages), len(pages), len(older_pages))
+        self._report(device.verify(pages, offsets, self.shadow[pages, offsets]["id"].copy(), 8), device, written)
+
+    def _follow(self, flight: Flight) -> Written:
+        """The shadow holds the tokens of this step from now on: prefill rows first, then decodes."""
+        ledger, size = self.ledger, self.ledger.page_size
+        pages: list[NDArray[np.int32]] = []
+        after: list[Places] = []
+        for _, live, admission, start, count in flight.prefills:
+            at = np.arange(start, min(start + count, len(admission.pages) * size), dtype=np.int32)
+            pages.append(np.array(admission.pages, np.int32)[at // size])
+            after.append(_tokens(live.id, admission.number, admission.base, at))
+        slots, start = flight.slots, flight.start
+        dead = dead_rows(ledger.eos[slots], start)
+        if dead.any():
+            slots, start = slots[~dead], start[~dead]
+        pages.append(ledger.table[slots, np.minimum(start // size, ledger.table.shape[1] - 1)])
+        after.append(_tokens(ledger.request[slots], ledger.admission[slots], ledger.base[slots], start))
+        page, new = np.concatenate(pages), np.concatenate(after)
+        offset = new["position"] % size
+        self._judge_unique(page, offset)
+        written = Written(page, offset, self.shadow[page, offset], new)
+        self.shadow[page, offset] = new
+        return written
+
+    def _judge_unique(self, pages: Int32[ndarray, " places"], offsets: Int32[ndarray, " places"]) -> None:
+        places: list[int] = (pages * self.ledger.page_size + offsets).tolist()
+        self.findings.counts["K3"].add(len(places), len(places))
+        if len(set(places)) != len(places):
+            page, offset = divmod(max(places, key=places.count), self.ledger.page_size)
+            self.findings.breach(
+                "K3",
+                f"step {self.findings.step} writes page {page}, offset {offset} more than once",
+                pages=(page,),
+                expected="each place once",
+                found="duplicates",
+            )
+
+    def _older(self, flight: Flight) -> tuple[Int32[ndarray, " rows"], Int32[ndarray, " rows"]]:
+        """One earlier place of each decode row, another one in each step."""
+        later = flight.start > 0
+        start, slots = flight.start[later].astype(np.uint32), flight.slots[later]
+        position = (fingerprint.mix32(start + np.uint32(self.findings.step & 0xFFFF)) % start).astype(np.int32)
+        return self.ledger.table[slots, position // self.ledger.page_size], position % self.ledger.page_size
+
+    def _verify_pages(self, pages: Int32[ndarray, " pages"], device: Device, written: Written | None) -> None:
+        """Compare every place of some pages."""
+        size = self.ledger.page_size
+        each = np.repeat(pages, size)
+        offsets = np.tile(np.arange(size, dtype=np.int32), len(pages))
+        ids = self.shadow[pages]["id"].reshape(-1)
+        held = int(np.count_nonzero(ids))
+        self._count(len(ids), held, len(ids) - (len(written.pages) if written is not None else 0))
+        self._report(device.verify(each, offsets, ids, 8), device, written)
+
+    def _count(self, places: int, held: int, framed: int) -> None:
+        counts = self.findings.counts
+        counts["K1"].add(places, held)
+        counts["K2"].add(framed, framed)
+        if self.decoder is not None and self.decoder.layers > 1:
+            counts["K9"].add(places, held)
+
+    def whole_pool(self, device: Device) -> None:
+        """Compare every place but the dummy page's."""
+        self._verify_pages(np.arange(1, len(self.shadow), dtype=np.int32), device, None)
+
+    # ---- what is wrong
+
+    def _report(self, wrong: tuple[WrongPlace, ...], device: Device, written: Written | None) -> None:
+        if not wrong or self.decoder is None:
+            return
+        before: dict[tuple[int, int], int] = {}
+        if written is not None:
+            places = zip(written.pages.tolist(), written.offsets.tolist(), strict=True)
+            before = dict(zip(places, range(len(written.pages)), strict=True))
+        seen: set[tuple[int, int]] = set()
+        for place in wrong:
+            at = place.page, place.offset
+            self.decoder.learn(place, int(self.shadow[at]["id"]))
+            if at in seen:
+                continue
+            seen.add(at)
+            if written is not None and at in before:
+                self._planned_place(place, self.decoder, written.before[before[at]])
+            else:
+                self._other_place(place, self.decoder)
+            self._layers_agree(place, self.decoder, device)
+
+    def _planned_place(self, place: WrongPlace, decoder: Decoder, before: np.void) -> None:
+        at = place.page, place.offset
+        expected = _name(self.shadow[at])
+        if decoder.equals(place, int(before["id"])):
+            found = _name(before)
+            message = f"{_where(place)} was planned to be written with {expected}, but still holds {found}"
+        else:
+            found = self._who(place, decoder)
+            message = f"{_where(place)} was planned to be written with {expected}, but holds {found}"
+        for name in ("K3", "K1"):
+            self._breach(name, message, place, expected, found)
+
+    def _other_place(self, place: WrongPlace, decoder: Decoder) -> None:
+        said = self.shadow[place.page, place.offset]
+        expected, found = _name(said), self._who(place, decoder)
+        owner = self.ledger.pool.holder.get(place.page)
+        message = f"{_where(place)} changed outside the planned writes: it held {expected} and now holds {found}"
+        self._breach("K2", message, place, expected, found)
+        if owner is not None and not owner.released and said["id"] and owner.request == int(said["request"]):
+            self._breach("K1", message, place, expected, found)
+
+    def _breach(self, name: str, message: str, place: WrongPlace, expected: str, found: str) -> None:
+        request = int(self.shadow[place.page, place.offset]["request"])
+        held = bool(self.shadow[place.page, place.offset]["id"])
+        self.findings.breach(
+            name,
+            message,
+            requests=(request,) if held else (),
+            pages=(place.page,),
+            expected=expected,
+            found=found,
+        )
+
+    def _who(self, place: WrongPlace, decoder: Decoder) -> str:
+        """The owner of the words found, as far as the books remember."""
+        if not any(place.found):
+            return "nothing (zeros)"
+        flat = self.shadow.reshape(-1)
+        known = np.flatnonzero(flat["id"])
+        hits = decoder.matches(place, flat["id"][known])
+        if len(hits):
+            at = int(known[hits[0]])
+            page, offset = divmod(at, self.ledger.page_size)
+            return f"{_name(flat[at])}, whose place is page {page}, offset {offset}"
+        for live in self.ledger.live.values():
+            for number in range(1, live.admissions + 1):
+                ids = fingerprint.kv_id(fingerprint.kv_base(live.id, number), np.arange(live.last + 1))
+                hits = decoder.matches(place, ids)
+                if len(hits):
+                    return f"request {live.id}, admission {number}, position {int(hits[0])}, which has no place now"
+        return f"words {place.found[:4]} of no token that is known"
+
+    def _layers_agree(self, place: WrongPlace, decoder: Decoder, device: Device) -> None:
+        """K9: a place is right in every layer or wrong in every one."""
+        if decoder.layers < 2 or "K9" not in self.findings.on:
+            return
+        at = np.array([place.page], np.int32), np.array([place.offset], np.int32)
+        every = device.verify(at[0], at[1], self.shadow[at]["id"].copy(), decoder.layers * 2 * decoder.heads)
+        bad = sorted({w.layer for w in every})
+        if len(bad) < decoder.layers:
+            self.findings.breach(
+                "K9",
+                f"page {place.page}, offset {place.offset} is wrong in layers {bad} and right in the others of"
+                f" {decoder.layers}",
+                pages=(place.page,),
+                expected="the same places written in every layer",
+                found=f"layers {bad} differ",
+            )
+
+
+def _tokens(request: object, admission: object, base: object, position: Int32[ndarray, " places"]) -> Places:
+    """Shadow entries of tokens at `position`; the other arguments are one value or one for each."""
+    new = np.empty(len(position), PLACE)
+    new["id"] = fingerprint.kv_id(np.asarray(base, np.uint32), position)
+    new["request"], new["admission"], new["position"] = request, admission, position
+    return new
+
+
+def _name(place: np.void) -> str:
+    if not place["id"]:
+        return "nothing (never written)"
+    return f"request {place['request']}, admission {place['admission']}, position {place['position']}"
+
+
+def _where(place: WrongPlace) -> str:
+    return f"page {place.page}, offset {place.offset} (layer {place.layer}, {place.kind}, head {place.head})"
+
+
+def dead_rows(eos: Int32[ndarray, " rows"], start: Int32[ndarray, " rows"]) -> Bool[ndarray, " rows"]:
+    """Rows whose sequence had ended on the device before: their EOS stands at or before the position they feed."""
+    return (eos >= 0) & (start >= eos)

@@ -1,0 +1,24 @@
+"""What the auditor asks of a backend: two of its reading methods, structurally."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxtyping import UInt32
+from numpy import ndarray
+
+from paged_attention.plan import Evidence, Ints, WrongPlace
+
+
+class Device(Protocol):
+    """The part of `backends.protocol.Backend` that an auditor reads through."""
+
+    def verify(
+        self, pages: Ints, offsets: Ints, kv_ids: UInt32[ndarray, " places"], limit: int = 8
+    ) -> tuple[WrongPlace, ...]:
+        """Compare places with the fingerprints of ids (0: never written); the first wrong ones."""
+        ...
+
+    def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
+        """What lies on the device now; None: this backend holds no cache."""
+        ...

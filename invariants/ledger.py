@@ -1,0 +1,244 @@
+"""The auditor's own books: who holds which page and slot, how far each request is, what is in flight.
+
+The ledger only follows; it judges nothing. It is built from effects, plans and outcomes alone. Rows of the decode batch
+are arrays over slots, so that a whole step is compared at once; what changes hands is kept in Python, event by event.
+
+    waiting -> prefill -> joining -> running -> draining -> (gone)
+
+`position` of an admission is c(r): how many of its tokens have K/V, counting the steps in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from invariants.pool import Pool
+from invariants.records import Admission, Flight, Live
+from paged_attention import fingerprint
+from paged_attention.plan import EOS_TOKEN, DeclaredPolicy, Request
+
+
+class Ledger:
+    """The shadow state. Every method changes the books in one documented way."""
+
+    def __init__(self, policy: DeclaredPolicy, vocab_size: int | None) -> None:
+        slots, self.page_size = policy.batch_size, policy.page_size
+        self.policy = policy
+        self.vocab_size = vocab_size
+        self.pool = Pool(policy.num_pages, policy.free_list)
+        self.live: dict[int, Live] = {}
+        self.waiting: deque[Live] = deque()
+        self.joining: dict[int, Live] = {}
+        self.prefill: dict[int, Live] = {}
+        self.flights: dict[int, Flight] = {}
+        self.departed: deque[tuple[int, str]] = deque(maxlen=256)
+        self.submissions = 0
+        self.released_tokens = 0
+        """Sum of c(r) over all admissions that gave back what they held."""
+        self.occupant: list[Live | None] = [None] * slots
+        self.num_free_slots = slots
+        width = -(-(policy.max_sequence_length + policy.lookahead) // self.page_size)
+        self.active = np.zeros(slots, np.int32)
+        self.request = np.full(slots, -1, np.int32)
+        self.admission = np.zeros(slots, np.int32)
+        self.position = np.zeros(slots, np.int32)
+        self.last = np.full(slots, -1, np.int32)
+        self.num_pages = np.zeros(slots, np.int32)
+        self.base = np.zeros(slots, np.uint32)
+        self.eos = np.full(slots, -1, np.int32)
+        self.table = np.zeros((slots, max(width, 1)), np.int32)
+        # Lazily backed by the system: only rows that are used cost memory.
+        self.tokens = np.zeros((slots, policy.max_sequence_length + 2), np.int32)
+        self.running = np.zeros(0, np.int32)
+        self.running_key = (b"", b"", b"")
+        self._stale = False
+
+    # ---- reading
+
+    def computed(self, admission: Admission) -> int:
+        """c(r): tokens of the admission with K/V, steps in flight included."""
+        return int(self.position[admission.slot]) if admission.slot >= 0 else admission.position
+
+    def known_tokens(self, live: Live) -> int:
+        """Tokens that exist (prompt and sampled), steps in flight included."""
+        admission = live.admission
+        if admission is None or live.state == "waiting":
+            return live.known
+        done = self.computed(admission)
+        return admission.feed if done < admission.feed else done + 1
+
+    def applied_tokens(self, live: Live) -> int:
+        """Tokens that the host has seen of a request."""
+        in_flight = 0
+        for flight in self.flights.values():
+            mine = flight.plan.request == live.id
+            in_flight += int(flight.plan.samples[mine].sum())
+        return self.known_tokens(live) - live.prompt - in_flight
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_size)
+
+    def touched_in_flight(self, admission: Admission) -> bool:
+        """Whether a step that was planned with this admission is not yet applied or abandoned."""
+        for flight in self.flights.values():
+            mine = flight.plan.request == admission.request
+            if bool((flight.plan.admission[mine] == admission.number).any()):
+                return True
+        return False
+
+    def how_gone(self, request: int) -> str:
+        """ "ended" or "cancelled" where it is remembered, else "unknown"."""
+        return next((how for who, how in self.departed if who == request), "unknown")
+
+    def refresh(self) -> None:
+        """Bring `running` (the slots that decode, ascending) and its identity up to date."""
+        if self._stale:
+            self.running = np.flatnonzero(self.active).astype(np.int32)
+            self.running_key = (
+                self.running.tobytes(),
+                self.request[self.running].tobytes(),
+                self.admission[self.running].tobytes(),
+            )
+            self._stale = False
+
+    # ---- following
+
+    def submit(self, request: Request, now_ns: int) -> Live:
+        """Put a new request at the tail of the waiting queue."""
+        prompt = len(request.prompt)
+        limit = min(request.max_tokens, self.policy.max_sequence_length - prompt + 1)
+        live = Live(request, self.submissions, prompt + limit - 1, now_ns, known=prompt)
+        self.submissions += 1
+        self.live[request.id] = live
+        self.waiting.append(live)
+        return live
+
+    def admit(self, live: Live, number: int, now_ns: int) -> Admission:
+        """Start a prefill; wherever the request stood in the waiting queue, it leaves it."""
+        if self.waiting and self.waiting[0] is live:
+            self.waiting.popleft()
+        elif live in self.waiting:
+            self.waiting.remove(live)
+        if live.tokens is None:
+            live.tokens = self._script(live)
+        live.admissions = number
+        live.state = "prefill"
+        live.admitted_ns = now_ns if live.admitted_ns is None else live.admitted_ns
+        base = int(fingerprint.kv_base(live.id, number))
+        live.admission = Admission(live.id, number, live.known, base)
+        self.prefill[live.id] = live
+        return live.admission
+
+    def _script(self, live: Live) -> NDArray[np.int32]:
+        """The prompt and, where a vocabulary is declared, every token that the request must yield."""
+        tokens = np.zeros(live.last + 1, np.int32)
+        tokens[: live.prompt] = live.request.prompt
+        if self.vocab_size is not None:
+            positions = np.arange(live.prompt, live.last + 1, dtype=np.uint32)
+            tokens[live.prompt :] = fingerprint.token(live.request.seed, positions, self.vocab_size)
+        return tokens
+
+    def learn_eos(self, live: Live, position: int) -> None:
+        """The request's EOS stands at `position`; rows after it yield -1."""
+        live.eos_position = position
+        if live.tokens is not None and self.vocab_size is not None and 0 <= position <= live.last:
+            live.tokens[position] = EOS_TOKEN
+            live.tokens[position + 1 :] = -1
+
+    def join(self, live: Live, admission: Admission, slot: int) -> None:
+        """The request decodes in `slot`: its books move from the objects to the arrays."""
+        self.joining.pop(live.id, None)
+        self.prefill.pop(live.id, None)
+        if self.occupant[slot] is None:
+            self.num_free_slots -= 1
+        self.occupant[slot] = live
+        live.state = "running"
+        position, admission.slot = admission.position, slot
+        self.request[slot], self.admission[slot] = live.id, admission.number
+        self.position[slot], self.last[slot] = position, live.last
+        self.base[slot], self.eos[slot] = admission.base, live.eos_position
+        count = len(admission.pages)
+        self.num_pages[slot] = count
+        self.table[slot] = 0
+        self.table[slot, :count] = admission.pages
+        assert live.tokens is not None
+        self.tokens[slot, : len(live.tokens)] = live.tokens
+        self.active[slot] = 1
+        self._stale = True
+
+    def grow(self, admission: Admission, pages: tuple[int, ...]) -> None:
+        """Append pages to an admission's list, and to its row."""
+        count = len(admission.pages)
+        admission.pages.extend(pages)
+        slot = admission.slot
+        if slot >= 0:
+            width = self.table.shape[1]
+            self.table[slot, count : count + len(pages)] = pages[: max(width - count, 0)]
+            self.num_pages[slot] = len(admission.pages)
+
+    def drain(self, live: Live) -> None:
+        """The request's last row is planned: nothing more may run for it."""
+        live.state = "draining"
+        self.prefill.pop(live.id, None)
+        self.joining.pop(live.id, None)
+        admission = live.admission
+        if admission is not None and admission.slot >= 0:
+            self.active[admission.slot] = 0
+            self.last[admission.slot] = -1
+            self._stale = True
+
+    def undrain(self, live: Live, admission: Admission) -> None:
+        """The last row was taken back: the request runs on."""
+        if admission.slot >= 0:
+            live.state = "running"
+            self.active[admission.slot] = 1
+            self.last[admission.slot] = live.last
+            self._stale = True
+
+    def leave_slot(self, admission: Admission) -> None:
+        """The slot is free; its array row keeps what it said until the slot is used again."""
+        slot = admission.slot
+        if slot < 0:
+            return
+        admission.position = int(self.position[slot])
+        admission.slot = -1
+        live = self.occupant[slot]
+        if live is not None and live.admission is admission:
+            if live.tokens is not None and self.vocab_size is None:
+                live.tokens[:] = self.tokens[slot, : len(live.tokens)]
+            self.occupant[slot] = None
+            self.num_free_slots += 1
+            self.active[slot] = 0
+            self.last[slot] = -1
+            self._stale = True
+
+    def preempt(self, live: Live, admission: Admission) -> None:
+        """Back to the head of the waiting queue, with every token it has; its pages follow with `freed`."""
+        live.known = self.known_tokens(live)
+        live.best = max(live.best, self.computed(admission))
+        self.prefill.pop(live.id, None)
+        self.joining.pop(live.id, None)
+        if admission.slot >= 0:
+            self.active[admission.slot] = 0
+            self._stale = True
+        live.state = "waiting"
+        self.waiting.appendleft(live)
+
+    def retire(self, live: Live, how: str) -> None:
+        """The request is finished or cancelled; the books forget it."""
+        if live.state == "waiting":
+            self.waiting.remove(live)
+        self.prefill.pop(live.id, None)
+        self.joining.pop(live.id, None)
+        admission = live.admission
+        if admission is not None and admission.slot >= 0:
+            self.active[admission.slot] = 0
+            self.last[admission.slot] = -1
+            self._stale = True
+        live.state = "gone"
+        self.live.pop(live.id, None)
+        self.departed.appendleft((live.id, how))

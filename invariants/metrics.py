@@ -1,0 +1,161 @@
+"""M: what the recorder counted is what happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from invariants.findings import Findings
+from invariants.ledger import Ledger
+from invariants.records import Live
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the run's recorder counted, judged at the end against the auditor's own books (M1, M2, M5).
+
+    `scheduled_tokens`: tokens of all plans that were not abandoned. `live`: neither finished, cancelled nor rejected.
+    `request_ns`: the recorder's integral of live requests over time (None: not measured); rejected ones are not in it.
+    """
+
+    scheduled_tokens: int
+    arrived: int
+    finished: int
+    cancelled: int
+    rejected: int
+    live: int
+    request_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The times and tokens of a request that is gone: as recorded, or as seen by the auditor."""
+
+    arrival_ns: int
+    admitted_ns: int | None
+    first_token_ns: int | None
+    finish_ns: int
+    tokens: int
+
+
+REMEMBERED = 4096
+"""Requests that are gone and whose `request_done` is still awaited."""
+
+
+class MetricJudge:
+    """Keeps its own totals."""
+
+    def __init__(self, ledger: Ledger, findings: Findings) -> None:
+        self.ledger = ledger
+        self.findings = findings
+        self.arrived = 0
+        self.rejected = 0
+        self.finished = 0
+        self.cancelled = 0
+        self.planned_tokens = 0
+        self.sojourn_ns = 0
+        self.gone: dict[int, tuple[Said, str]] = {}
+
+    def retired(self, live: Live, how: str) -> None:
+        """Called before the ledger forgets the request."""
+        now = self.findings.time_ns
+        tokens = self.ledger.applied_tokens(live)
+        self.gone[live.id] = (Said(live.submitted_ns, live.admitted_ns, live.first_token_ns, now, tokens), how)
+        if len(self.gone) > REMEMBERED:
+            del self.gone[next(iter(self.gone))]
+        self.sojourn_ns += now - live.submitted_ns
+        if how == "ended":
+            self.finished += 1
+        else:
+            self.cancelled += 1
+
+    def measured(self, pages_owned: int, running: int, waiting: int) -> None:
+        """M3: the recorder's gauges are the auditor's."""
+        ledger = self.ledger
+        mine = (ledger.pool.num_owned, len(ledger.live) - len(ledger.waiting), len(ledger.waiting))
+        self.findings.counts["M3"].add(1, 1 if any(mine) else 0)
+        if (pages_owned, running, waiting) != mine:
+            self.findings.breach(
+                "M3",
+                f"the record says {pages_owned} owned pages, {running} running and {waiting} waiting requests; the"
+                f" auditor's books say {mine[0]}, {mine[1]} and {mine[2]}",
+                expected=mine,
+                found=(pages_owned, running, waiting),
+            )
+
+    def request_done(self, said: Said, request: int, itl_sum_ns: int) -> None:
+        """M4: times are in order, add up, and are those that the auditor saw."""
+        self.findings.counts["M4"].add(1, 1)
+        seen, how = self.gone.pop(request, (None, "unknown"))
+        problems: list[str] = []
+        times = [t for t in (said.arrival_ns, said.admitted_ns, said.first_token_ns, said.finish_ns) if t is not None]
+        if times != sorted(times):
+            problems.append(f"its times are out of order: {times}")
+        if said.first_token_ns is not None and how == "ended":
+            parts, whole = said.first_token_ns - said.arrival_ns + itl_sum_ns, said.finish_ns - said.arrival_ns
+            if parts != whole:
+                problems.append(f"its TTFT and gaps make {parts} ns, but it took {whole} ns")
+        if seen is None:
+            problems.append(f"it is {'live' if request in self.ledger.live else 'unknown'}")
+        else:
+            problems += _differences(said, seen)
+        if problems:
+            self.findings.breach(
+                "M4",
+                f"the record of request {request} is wrong: {'; '.join(problems)}",
+                requests=(request,),
+                expected=seen,
+                found=said,
+            )
+
+    def judge_totals(self, totals: Totals) -> None:
+        """M1, M2, M5 at the end of the run."""
+        ledger, counts = self.ledger, self.findings.counts
+        running = sum(
+            ledger.computed(a) for x in ledger.live.values() if (a := x.admission) is not None and not a.released
+        )
+        computed = ledger.released_tokens + running
+        counts["M1"].add(1, 1 if computed else 0)
+        if not totals.scheduled_tokens == self.planned_tokens == computed:
+            self.findings.breach(
+                "M1",
+                f"the record has {totals.scheduled_tokens} scheduled tokens, the plans had {self.planned_tokens}, and"
+                f" all admissions together computed {computed}",
+                expected=computed,
+                found=totals.scheduled_tokens,
+            )
+        if totals.request_ns is not None and not ledger.live:
+            counts["M2"].add(1, 1 if self.sojourn_ns else 0)
+            if totals.request_ns != self.sojourn_ns:
+                self.findings.breach(
+                    "M2",
+                    f"the integral of live requests over time is {totals.request_ns} ns, but their stays add up to"
+                    f" {self.sojourn_ns} ns",
+                    expected=self.sojourn_ns,
+                    found=totals.request_ns,
+                )
+        mine = (self.arrived, self.finished, self.cancelled, self.rejected, len(ledger.live))
+        said = (totals.arrived, totals.finished, totals.cancelled, totals.rejected, totals.live)
+        counts["M5"].add(1, 1 if self.arrived else 0)
+        if said != mine or said[0] != sum(said[1:]):
+            names = "arrived, finished, cancelled, rejected, live"
+            self.findings.breach(
+                "M5",
+                f"the record counts {said} ({names}), the auditor {mine}",
+                expected=mine,
+                found=said,
+            )
+
+
+def _differences(said: Said, seen: Said) -> list[str]:
+    """What a record tells otherwise than it was seen; an arrival may lie before its submission."""
+    pairs = (
+        ("admission", said.admitted_ns, seen.admitted_ns),
+        ("first token", said.first_token_ns, seen.first_token_ns),
+        ("finish", said.finish_ns, seen.finish_ns),
+    )
+    problems = [f"its {what} was at {a} ns, seen at {b} ns" for what, a, b in pairs if a != b]
+    if said.arrival_ns > seen.arrival_ns:
+        problems.append(f"its arrival at {said.arrival_ns} ns is after its submission at {seen.arrival_ns} ns")
+    if said.tokens != seen.tokens:
+        problems.append(f"it has {said.tokens} tokens, seen were {seen.tokens}")
+    return problems

@@ -1,0 +1,100 @@
+"""What the ledger writes down of each admission, request and step in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32
+from numpy.typing import NDArray
+
+from paged_attention.plan import Request, StepOutcome, StepPlan
+
+State = Literal["waiting", "prefill", "joining", "running", "draining", "gone"]
+
+
+@dataclass(slots=True, eq=False)
+class Admission:
+    """One start of a request: the pages it holds and how much of it is computed."""
+
+    request: int
+    number: int
+    feed: int
+    """Tokens that its prefill feeds: the prompt, and after a preemption what was generated before."""
+    base: int
+    """The kv_base of its fingerprints."""
+    pages: list[int] = field(default_factory=list[int])
+    slot: int = -1
+    position: int = 0
+    """c(r) while it holds no slot; `Ledger.computed` knows both cases."""
+    high: int = 0
+    """The furthest end that was ever planned and then abandoned: pages up to there may stay."""
+    released: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request that is neither finished nor cancelled."""
+
+    request: Request
+    order: int
+    """Its rank by submission."""
+    last: int
+    """The position of its last token if no EOS ends it: its limit is in tokens, last = prompt + limit - 1."""
+    submitted_ns: int
+    state: State = "waiting"
+    admissions: int = 0
+    admission: Admission | None = None
+    known: int = 0
+    """Tokens that may be fed on the next admission: prompt and generated."""
+    best: int = 0
+    """High-water mark of c(r) over all admissions."""
+    tokens: NDArray[np.int32] | None = None
+    eos_position: int = -1
+    admitted_ns: int | None = None
+    first_token_ns: int | None = None
+    sampled_admission: int = 0
+    """The newest admission whose first token the host has seen."""
+    waits_since_step: int = 0
+    """Steps planned when it began to wait."""
+    wait_bound: int = 0
+    """Rows of work that were left then, its own included."""
+    extra_at: int = 0
+    """Work that preemptions and abandoned steps had added by then."""
+    prefill_step: int = -1
+    """The newest step with a prefill row of it."""
+    progress_at: int = -1
+    """The progress count at its last preemption."""
+
+    @property
+    def id(self) -> int:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def first_outcome_seen(self) -> bool:
+        """Whether the first token of this admission is known to the host."""
+        return self.sampled_admission == self.admissions
+
+    @property
+    def prompt(self) -> int:
+        """Prompt tokens."""
+        return len(self.request.prompt)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A step that was planned and is not yet applied or abandoned, as the ledger saw it."""
+
+    plan: StepPlan
+    prefills: list[tuple[int, Live, Admission, int, int]]
+    """(row, request, admission, start, count) of each prefill row."""
+    first: int
+    """Row of the first decode."""
+    slots: Int32[np.ndarray, " decodes"]
+    start: Int32[np.ndarray, " decodes"]
+    draining: list[Live]
+    """Requests whose last row this is."""
+    outcome: StepOutcome | None = None
+    eos: list[Live] = field(default_factory=list[Live])

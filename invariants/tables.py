@@ -1,0 +1,187 @@
+"""T: the page table of a step says what the books say, on the host and on the device (with P6, P7 and S5)."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from invariants.findings import Findings
+from invariants.ledger import Ledger
+from invariants.records import Admission
+from paged_attention.plan import DUMMY_PAGE, Evidence, Ints, StepPlan
+
+
+class TableJudge:
+    """Compares rows of any table (plan, host batch, device) with the ledger's."""
+
+    def __init__(self, ledger: Ledger, findings: Findings) -> None:
+        self.ledger = ledger
+        self.findings = findings
+        self.tables_on = findings.any_on(("T1", "T2", "P7"))
+
+    # ---- one row
+
+    def judge_size(self, admission: Admission, end: int, rows_pages: int | None, where: str) -> None:
+        """P6, S5: the admission holds pages for exactly `end` tokens; T1: the row says how many."""
+        ledger, findings = self.ledger, self.findings
+        held = len(admission.pages)
+        need = ledger.pages_for(max(end, admission.high))
+        most = ledger.pages_for(max(end, admission.high) + ledger.policy.lookahead)
+        who = f"request {admission.request}, admission {admission.number}"
+        if not need <= held <= most:
+            findings.breach(
+                "P6",
+                f"{who} holds {held} pages for {end} tokens {where}",
+                requests=(admission.request,),
+                pages=admission.pages,
+                expected=f"{need} pages" if need == most else f"{need} to {most} pages",
+                found=f"{held} pages",
+            )
+        if held * ledger.page_size < end or (rows_pages is not None and rows_pages * ledger.page_size < end):
+            findings.breach(
+                "S5",
+                f"{who} writes up to position {end - 1} {where}, beyond its {held} pages",
+                requests=(admission.request,),
+                pages=admission.pages,
+                expected=f"{ledger.pages_for(end)} pages",
+                found=f"{held} pages held, {rows_pages} in its row",
+            )
+        if rows_pages is not None and rows_pages != held:
+            findings.breach(
+                "T1",
+                f"{who} holds {held} pages, but its row {where} counts {rows_pages}",
+                requests=(admission.request,),
+                pages=admission.pages,
+                expected=held,
+                found=rows_pages,
+            )
+
+    def judge_row(self, admission: Admission, row: Int32[ndarray, " pages"], written: int, where: str) -> None:
+        """T1: the row begins with the admission's pages; T2: dummies follow; P7: what is written did not move."""
+        held = len(admission.pages)
+        entries: list[int] = row.tolist()
+        head, tail = entries[:held], entries[held:]
+        who = f"request {admission.request}, admission {admission.number}"
+        if head != admission.pages:
+            at = next((i for i, (a, b) in enumerate(zip(head, admission.pages, strict=False)) if a != b), len(head))
+            found = head[at] if at < len(head) else "nothing"
+            self.findings.breach(
+                "T1",
+                f"logical page {at} of {who} is page {found} {where}, but the page it was given is"
+                f" {admission.pages[at]}",
+                requests=(admission.request,),
+                pages=(admission.pages[at],),
+                expected=f"page {admission.pages[at]}",
+                found=f"page {found}",
+            )
+            if at * self.ledger.page_size < written:
+                self.findings.breach(
+                    "P7",
+                    f"logical page {at} of {who}, already written, became page {found} {where}",
+                    requests=(admission.request,),
+                    pages=(admission.pages[at],),
+                    expected=f"page {admission.pages[at]}",
+                    found=f"page {found}",
+                )
+            if DUMMY_PAGE in head:
+                self.findings.breach(
+                    "P3",
+                    f"the dummy page lies within the used part of the row of {who} {where}",
+                    requests=(admission.request,),
+                    pages=(DUMMY_PAGE,),
+                    expected=admission.pages,
+                    found=head,
+                )
+        self._judge_tail(tail, held, who, admission.request, where)
+
+    def _judge_tail(self, tail: list[int], held: int, who: str, request: int, where: str) -> None:
+        if any(tail):
+            at = next(i for i, page in enumerate(tail) if page)
+            self.findings.breach(
+                "T2",
+                f"entry {held + at} of the row of {who} {where}, past its {held} pages, is page {tail[at]}",
+                requests=(request,) if request >= 0 else (),
+                pages=(tail[at],) if tail[at] > 0 else (),
+                expected=f"page {DUMMY_PAGE}",
+                found=f"page {tail[at]}",
+            )
+
+    # ---- a step at once
+
+    def rows_agree(self, plan: StepPlan, first: int, needed: Int32[ndarray, " decodes"]) -> bool:
+        """Whether all decode rows have exactly the pages that they need, and the table shows the ledger's."""
+        ledger = self.ledger
+        slots = ledger.running
+        counts = ledger.num_pages[slots].tobytes()
+        if counts != needed.tobytes() or counts != plan.num_pages[first:].tobytes():
+            return False
+        if not self.tables_on:
+            return True
+        width = plan.table.shape[1]
+        if width > ledger.table.shape[1]:
+            return False
+        return ledger.table[slots, :width].tobytes() == plan.table[first:].tobytes()
+
+    # ---- the batch on the host or on the device
+
+    def judge_batch(
+        self,
+        slots: Ints,
+        rows: Int32[ndarray, "slots max_num_pages"],
+        positions: Int32[ndarray, " slots"],
+        in_step: frozenset[int],
+        *,
+        device: bool,
+    ) -> None:
+        """T1, T2, T6 of batch rows against the ledger.
+
+        On the host every slot is judged, and a position may be that of the step just planned or the next one. On the
+        device only slots of this step (`in_step`) and free ones are: what a stalled or finished slot holds there is the
+        device's own business until it is told.
+        """
+        ledger, counts = self.ledger, self.findings.counts
+        where = "on the device" if device else "in the host batch"
+        each: list[int] = slots.tolist()
+        for i, slot in enumerate(each):
+            live = ledger.occupant[slot]
+            position = int(positions[i])
+            if live is None or live.admission is None:
+                counts["T2"].add(1, 1)
+                self._judge_tail(rows[i].tolist(), 0, f"slot {slot}, which is free,", -1, where)
+                self._judge_position(slot, -1, position, {-1}, where)
+                continue
+            if live.state != "running" or (device and slot not in in_step):
+                continue
+            admission = live.admission
+            counts["T1"].add(1, 1)
+            self.judge_row(admission, rows[i], ledger.computed(admission), where)
+            done = int(ledger.position[slot])
+            if not device:
+                allowed = {done, done - 1}
+            elif 0 <= live.eos_position < done:
+                allowed = {-1}
+            else:
+                allowed = {done}
+            self._judge_position(slot, live.id, position, allowed, where)
+
+    def _judge_position(self, slot: int, request: int, position: int, allowed: set[int], where: str) -> None:
+        self.findings.counts["T6"].add(1, 1)
+        if position not in allowed:
+            who = f"request {request}" if request >= 0 else "nobody"
+            self.findings.breach(
+                "T6",
+                f"slot {slot}, held by {who}, is at position {position} {where}",
+                requests=(request,) if request >= 0 else (),
+                expected=" or ".join(str(p) for p in sorted(allowed)),
+                found=position,
+            )
+
+    def judge_evidence(self, evidence: Evidence, in_step: frozenset[int]) -> None:
+        """The rows and positions that lie on the device."""
+        self.judge_batch(evidence.slots, evidence.rows, evidence.positions, in_step, device=True)
+
+
+def needed_pages(start: Int32[ndarray, " rows"], page_size: int) -> Int32[ndarray, " rows"]:
+    """Pages that hold the tokens 0 .. start."""
+    return np.floor_divide(start, page_size) + 1

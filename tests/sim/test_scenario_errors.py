@@ -180,6 +180,12 @@ def test_prompts_that_are_all_too_long_are_legal_when_the_rejections_are_expecte
 
 
 @pytest.mark.usefixtures("folder")
+def test_prompts_of_exactly_the_longest_sequence_fit() -> None:
+    Path("s.yaml").write_text(edited("value: 5", "value: 64"))
+    assert load_scenario("s.yaml").cache.max_sequence_length == 64
+
+
+@pytest.mark.usefixtures("folder")
 def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
     text = (
         edited("page_size: 4", "page_size: 0").replace("name: small", "nam: small").replace("kind: fixed, step", "step")

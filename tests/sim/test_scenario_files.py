@@ -104,6 +104,20 @@ def test_a_dumped_scenario_and_its_trace_can_move_together(tmp_path: Path) -> No
     assert scenario_hash(moved) == scenario_hash(scenario)
 
 
+def test_an_override_names_files_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, here = tmp_path / "library", tmp_path / "here"
+    library.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (library / "t.csv").touch()
+    (here / "t.csv").touch()
+    trace = {"kind": "trace", "format": "vidur", "path": "t.csv"}
+    (library / "s.yaml").write_text(json.dumps(changed(workload__arrivals=trace)))
+    assert load_scenario(library / "s.yaml").workload.arrivals.path == str((library / "t.csv").resolve())
+    overridden = load_scenario("../library/s.yaml", ["workload.arrivals.path=t.csv"])
+    assert overridden.workload.arrivals.path == str((here / "t.csv").resolve())
+
+
 def test_the_hash_changes_with_any_key() -> None:
     variants = [
         small(),

@@ -97,6 +97,14 @@ def test_azure_clocks_cross_midnight_and_years() -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_byte_order_mark_and_any_line_end_are_fine() -> None:
+    rows = ["arrived_at,num_prefill_tokens,num_decode_tokens", "0,1,2", "1,3,4", ""]
+    for end in ("\n", "\r\n"):
+        Path("t").write_bytes(b"\xef\xbb\xbf" + end.join(rows).encode())
+        assert list(read_trace("vidur", "t")) == [Arrival(0, 0, 1, 2), Arrival(10**9, 1, 3, 4)]
+
+
+@pytest.mark.usefixtures("folder")
 def test_azure_is_rebased_to_its_first_row() -> None:
     Path("t").write_bytes(
         (AZURE + "2023-11-16 18:17:03.9799600,4808,10\r\n2023-11-16 18:17:04.0319600,3180,8\r\n").encode()

@@ -132,6 +132,8 @@ def test_empirical_prompt_and_output_come_from_the_same_row(tmp_path: Path) -> N
         for arrival in drawn(workload__prompt_tokens=spec, workload__output_tokens=spec, workload__num_requests=200)
     }
     assert pairs == {(10, 1), (20, 2), (30, 3)}
+    bound = drawn(workload__prompt_tokens={**spec, "min": 15, "max": 25}, workload__num_requests=200)
+    assert {arrival.prompt_tokens for arrival in bound} == {15, 20, 25}
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 300))

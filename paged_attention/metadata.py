@@ -165,14 +165,15 @@ def _usable_bytes(mesh: Mesh | None, hbm_utilization: float, budget: int | None)
         _require_positive("memory_budget_bytes", budget)
         return int(budget * hbm_utilization)
     usable: list[int] = []
-    for device in [] if mesh is None else mesh.devices.flat:
-        stats = device.memory_stats()
+    devices: list[Any] = [] if mesh is None else list(mesh.devices.flat)
+    for device in devices:
+        stats: dict[str, int] | None = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             usable.clear()
             break
         usable.append(int(stats["bytes_limit"] * hbm_utilization) - stats.get("bytes_in_use", 0))
     if not usable:
-        where = "no mesh is given" if mesh is None else f"platform {mesh.devices.flat[0].platform!r} reports no memory"
+        where = "no mesh is given" if mesh is None else f"platform {devices[0].platform!r} reports no memory"
         raise ValueError(f"cannot size the cache: {where}; give num_pages or memory_budget_bytes")
     return max(0, min(usable))
 

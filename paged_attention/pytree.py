@@ -160,7 +160,8 @@ def _encode(value: Any) -> Any:
         return {"$": "tree", "class": type(value).__name__, "fields": value.to_dict()}
     if isinstance(value, list | tuple | Fifo):
         items = [_encode(item) for item in cast("Iterable[Any]", value)]
-        return items if isinstance(value, list) else {"$": type(value).__name__, "items": items}
+        kind = "Fifo" if isinstance(value, Fifo) else "tuple"
+        return items if isinstance(value, list) else {"$": kind, "items": items}
     if isinstance(value, dict):
         pairs = cast("dict[Any, Any]", value).items()
         return {"$": "dict", "items": [[_encode(key), _encode(item)] for key, item in pairs]}

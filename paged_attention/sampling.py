@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from paged_attention.pytree import SerializableTree
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
-    from jaxtyping import Int32
+    from jaxtyping import Float, Int32
 
     from paged_attention.arrays import Array
     from paged_attention.batch import ActiveSequenceBatch

@@ -35,7 +35,7 @@ def figure(record: RunRecord) -> Figure:
     slots = curves.while_running(series, series.slots_used)
     style.curve(axes[0], slots, time, color=style.BLUE, linestyle=(0, (3, 1.5)), linewidth=1.2, label="slots in use")
     axes[0].axhline(series.batch_size, color="black", linestyle=":", label=f"batch size ({series.batch_size:,})")
-    style.curve(axes[1], curves.held(series, series.waiting), time, color=style.VERMILLION, label="waiting")
+    style.curve(axes[1], curves.held(series, series.waiting), time, color=style.GREEN, label="waiting")
     style.legend(axes[0], title=style.bin_note(series, time))
     style.legend(axes[1])
     if preempts:

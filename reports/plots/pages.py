@@ -40,7 +40,7 @@ def figure(record: RunRecord) -> Figure:
     stack(top, series, time)
     style.legend(top)
     wasted = curves.while_running(series, 100.0 * fragmentation(series))
-    style.curve(bottom, wasted, time, color=style.VERMILLION, label="fragmentation")
+    style.curve(bottom, wasted, time, color=style.GREEN, label="fragmentation")
     style.legend(bottom, title=style.bin_note(series, time))
     bottom.set_ylim(0, None)
     style.mark_violations([top, bottom], record, time)
@@ -60,19 +60,8 @@ def stack(axes: Axes, series: Series, time: style.TimeAxis) -> None:
     ):
         share = style.drawable(curves.Stairs(pages.edges_ns, 100.0 * pages.values / whole), time)
         level = below + share.mean
-        axes.stairs(
-            level,
-            share.edges_ns / time.unit.ns,
-            baseline=below,
-            fill=True,
-            facecolor=colour,
-            edgecolor="black",
-            linewidth=0,
-            hatch=hatch,
-            label=name,
-        )
+        edges = share.edges_ns / time.unit.ns
+        style.area(axes, edges, below, level, facecolor=colour, edgecolor="black", hatch=hatch, label=name)
         below = level
         if name == "owned" and (share.high > share.mean).any():
-            axes.stairs(
-                share.high, share.edges_ns / time.unit.ns, color="black", linewidth=0.8, zorder=3, label="owned, peak"
-            )
+            style.line(axes, edges, share.high, color="black", linewidth=0.8, zorder=3, label="owned, peak")

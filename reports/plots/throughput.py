@@ -33,9 +33,9 @@ def figure(record: RunRecord) -> Figure:
     edges = np.append(np.arange(first, last, width, dtype=np.float64), float(last))
     time.label(axes[1])
     bin_unit = style.time_unit(width)
-    for one, name, tokens, colour, line in (
-        (axes[0], "prefill", series.prefill_tokens, style.ORANGE, "-"),
-        (axes[1], "decode", series.decode_tokens, style.BLUE, "-"),
+    for one, name, tokens, colour in (
+        (axes[0], "prefill", series.prefill_tokens, style.ORANGE),
+        (axes[1], "decode", series.decode_tokens, style.BLUE),
     ):
         one.set_ylabel(f"{name} tokens / s")
         if not len(series.step):
@@ -43,15 +43,9 @@ def figure(record: RunRecord) -> Figure:
             continue
         rate = curves.tokens_per_second(series, tokens, edges)
         mean = float(tokens.sum()) / ((last - first) * 1e-9)
-        one.stairs(rate, edges / time.unit.ns, color=colour, fill=True, alpha=0.3, linewidth=0)
-        one.stairs(
-            rate,
-            edges / time.unit.ns,
-            color=colour,
-            linestyle=line,
-            linewidth=1.4,
-            label=f"{name}, bins of {width / bin_unit.ns:g} {bin_unit.name}",
-        )
+        style.area(one, edges / time.unit.ns, 0.0, rate, color=colour, alpha=0.3)
+        label = f"{name}, bins of {width / bin_unit.ns:g} {bin_unit.name}"
+        style.line(one, edges / time.unit.ns, rate, color=colour, linewidth=1.4, label=label)
         one.axhline(mean, color="black", linestyle="--", linewidth=1.1, label=f"mean {mean:,.4g} / s")
         one.set_ylim(0, None)
         style.legend(one)

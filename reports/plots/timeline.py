@@ -25,7 +25,7 @@ KINDS = (
     (WAITING, "waiting", "#D9D9D9", "...."),
     (PREFILL, "prefill", style.ORANGE, "////"),
     (DECODE, "decode", style.BLUE, ""),
-    (PREEMPTED, "preempted, waiting", style.VERMILLION, "xxxx"),
+    (PREEMPTED, "preempted, waiting", style.PURPLE, "xxxx"),
 )
 ENDS = (("cancelled", "X"), ("rejected", "s"), ("live", ">"))
 """States other than finished, each with the marker at the request's last moment."""

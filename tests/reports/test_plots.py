@@ -118,14 +118,13 @@ def test_a_thousand_violations_leave_the_figure_readable(run_maker, tmp_path):
 @pytest.mark.parametrize(
     "shape",
     [
-        {"num_requests": 0},
-        {"num_requests": 1},
-        {"num_requests": 1, "max_steps": 1},
-        {"num_requests": 3, "base_ns": 0, "token_ns": 0},
-        {"num_requests": 3, "num_pages": 3},
-        {"num_requests": 60, "rate": 300.0, "max_steps": 40},
+        pytest.param({"num_requests": 0}, id="empty"),
+        pytest.param({"num_requests": 1, "max_steps": 1}, id="one step"),
+        pytest.param({"num_requests": 3, "base_ns": 0, "token_ns": 0}, id="no time passes"),
+        pytest.param({"num_requests": 1}, id="one request", marks=pytest.mark.slow),
+        pytest.param({"num_requests": 3, "num_pages": 3}, id="all rejected", marks=pytest.mark.slow),
+        pytest.param({"num_requests": 60, "rate": 300.0, "max_steps": 40}, id="stopped early", marks=pytest.mark.slow),
     ],
-    ids=["empty", "one request", "one step", "no time passes", "all rejected", "stopped early"],
 )
 def test_odd_runs_are_drawn_too(run_maker, tmp_path, shape):
     run = run_maker(tmp_path, **shape)

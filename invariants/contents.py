@@ -220,7 +220,7 @@ class ContentJudge:
             return f"{_name(flat[at])}, whose place is page {page}, offset {offset}"
         for live in self.ledger.live.values():
             for number in range(1, live.admissions + 1):
-                ids = fingerprint.kv_id(fingerprint.kv_base(live.id, number), np.arange(live.last + 1))
+                ids = fingerprint.kv_id(fingerprint.kv_base([live.id], [number]), np.arange(live.last + 1))
                 hits = decoder.matches(place, ids)
                 if len(hits):
                     return f"request {live.id}, admission {number}, position {int(hits[0])}, which has no place now"

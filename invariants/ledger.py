@@ -128,7 +128,7 @@ class Ledger:
         live.admissions = number
         live.state = "prefill"
         live.admitted_ns = now_ns if live.admitted_ns is None else live.admitted_ns
-        base = int(fingerprint.kv_base(live.id, number))
+        base = int(fingerprint.kv_base([live.id], [number])[0])
         live.admission = Admission(live.id, number, live.known, base)
         self.prefill[live.id] = live
         return live.admission

@@ -35,7 +35,9 @@ class PageJudge:
         if not in_range:
             self._out_of_range("allocated to", who, effect)
             pages = tuple(p for p in pages if 0 < p < pool.num_pages)
+        in_turn = in_range
         if not pool.holder.keys().isdisjoint(pages) or len(set(pages)) != size:
+            in_turn = False
             self._not_free(pages, who, effect)
         if pool.fences:
             count["P11"].add(size, size)
@@ -50,7 +52,7 @@ class PageJudge:
             )
         nontrivial = size if pool.num_free > 1 else 0
         wrong = pool.order.take_all(pages)
-        if wrong is not None:
+        if wrong is not None and in_turn:
             self.findings.breach(
                 "P13",
                 f"page {wrong[1]} was handed to {who} before page {wrong[0]}, against the declared order"

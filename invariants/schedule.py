@@ -9,8 +9,8 @@ which nobody is preempted:
 - a prefill that has begun runs its next chunk if the pages for it are free when the plan is done;
 - a request whose first token's step is planned joins in the next plan if a slot is free, and a page if it needs one;
 - the head of the waiting queue is admitted iff no further prefill is active (max_prefill_rows), a slot is reserved for
-  it (slots held + requests waiting for a slot + active prefills + 1 <= batch_size; one that ends at its prefill needs
-  none), and the pages free after growth and joins cover its whole prompt (or its first chunk).
+  it (slots held + requests waiting for a slot + active prefills + 1 <= batch_size; for one that ends at its prefill the
+  slot is the core's own choice), and the pages free after growth and joins cover its whole prompt (or its first chunk).
 
 All that holds in every plan of mix "mixed". Under "prefill_first" and "decode_first" a plan without decodes is held to
 it; beside decodes a prefill may wait max_prefill_wait steps (S12), and a decode at most max_decode_wait steps, only for
@@ -207,7 +207,7 @@ class ScheduleJudge:
         if need > ledger.pool.num_free:
             self.blocked = head.id
             return ""
-        if self._needs_slot(head) and ledger.num_free_slots - before < 1:
+        if ledger.num_free_slots - before < 1:
             return ""
         return (
             f"heads the waiting queue and was not admitted, though {ledger.pool.num_free} pages are free and it needs"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 
 def present_devices() -> list[dict[str, Any]]:
     """Platform, id and kind of every device, the CPU's included. RuntimeError: JAX cannot start an asked platform."""
-    found = {(device.platform, device.id): device for device in [*jax.devices(), *jax.devices("cpu")]}
+    devices = cast("list[Any]", jax.devices()) + cast("list[Any]", jax.devices("cpu"))
+    found = {(device.platform, device.id): device for device in devices}
     return [{"platform": device.platform, "id": device.id, "kind": device.device_kind} for device in found.values()]

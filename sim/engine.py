@@ -271,7 +271,9 @@ class Engine:
         recorder.planned(now_ns, plan)
         if self._auditor is not None:
             self._auditor.planned(now_ns, plan, self._core.snapshot)
-            self._auditor.measured(now_ns, plan.step, recorder.pages_owned, recorder.running, recorder.waiting)
+            if not self._stopped():
+                # Once a page is owned twice, two counts of owned pages differ too: that would be no finding of its own.
+                self._auditor.measured(now_ns, plan.step, recorder.pages_owned, recorder.running, recorder.waiting)
         for observer in self._observers:
             observer.planned(now_ns, plan)
 
@@ -317,7 +319,7 @@ class Engine:
             if effect.kind in ("ended", "cancelled"):
                 self._unfinished -= 1
                 if self._auditor is not None:
-                    self._auditor.request_done(effect.request, *self._recorder.times_of(effect.request))
+                    self._auditor.request_done(**self._recorder.times_of(effect.request))
 
     def _report(self) -> None:
         if self._progress is not None:

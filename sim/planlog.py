@@ -25,6 +25,9 @@ from typing import IO, Any, Final, cast
 from paged_attention.plan import DeclaredPolicy, Effect, Request, StepOutcome, StepPlan
 
 SCHEMA: Final = "kvproof/plan-v1"
+_DEFAULTS: Final[tuple[Any, ...]] = ("", [], 0, -1)
+"""Of an effect's last fields, last first."""
+
 ROW_FIELDS: Final = ("request", "admission", "slot", "start", "count", "samples", "num_pages")
 
 
@@ -105,7 +108,7 @@ def pack(effects: Iterable[Effect]) -> list[list[Any]]:
     packed: list[list[Any]] = []
     for effect in effects:
         fields: list[Any] = [*effect[:5], list(effect.pages), effect.reason]
-        for default in ("", [], 0, -1):
+        for default in _DEFAULTS:
             if fields[-1] != default:
                 break
             fields.pop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypedDict
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -46,6 +46,18 @@ SERIES: Final = (
     "preemptions",
 )
 """Columns with one entry per completed step. Counts are those after planning the step; preemptions are its own."""
+
+
+class RequestTimes(TypedDict):
+    """What the recorder knows of one request; `admitted_ns` is its first admission, None: it did not get there."""
+
+    request: int
+    arrival_ns: int
+    admitted_ns: int | None
+    first_token_ns: int | None
+    finish_ns: int
+    itl_sum_ns: int
+    output_tokens: int
 
 
 class RequestTable:
@@ -226,18 +238,19 @@ class Recorder:
             request_ns=self._request_ns,
         )
 
-    def times_of(self, request: int) -> tuple[int, int | None, int | None, int, int, int]:
-        """arrival, first admission, first token, finish, sum of token gaps (all ns), and the number of tokens."""
+    def times_of(self, request: int) -> RequestTimes:
+        """What is known of a request."""
         table = self.requests
         admitted, first = int(table.admitted_ns[request]), int(table.first_token_ns[request])
-        return (
-            int(table.arrival_ns[request]),
-            None if admitted == NEVER else admitted,
-            None if first == NEVER else first,
-            int(table.finish_ns[request]),
-            int(table.itl_sum_ns[request]),
-            int(table.output_tokens[request]),
-        )
+        return {
+            "request": request,
+            "arrival_ns": int(table.arrival_ns[request]),
+            "admitted_ns": None if admitted == NEVER else admitted,
+            "first_token_ns": None if first == NEVER else first,
+            "finish_ns": int(table.finish_ns[request]),
+            "itl_sum_ns": int(table.itl_sum_ns[request]),
+            "output_tokens": int(table.output_tokens[request]),
+        }
 
     def _live_changed(self, now_ns: int, by: int) -> None:
         """Add up live requests over time, which must equal the sum of their times in the system."""

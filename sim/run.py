@@ -36,6 +36,10 @@ PACKAGES: Final = ("kvproof", "numpy", "jax", "jaxlib", "simpy")
 """Whose versions a summary names."""
 
 
+class SetupError(Exception):
+    """The scenario asks for a core or a backend that cannot be built like that; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a run showed."""
@@ -82,8 +86,9 @@ def run(
     `plan_log` is a file for `kvproof judge` (gzip where its name ends in .gz). `workload` takes the place of what the
     scenario's workload section stands for. With `audit` False nothing is checked.
 
-    UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. TraceError: the workload's file
-    is wrong. OSError: the disk does not take the record. A KeyboardInterrupt ends the run, and the report says so.
+    UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. SetupError: it cannot be built
+    like that. TraceError: the workload's file is wrong. OSError: the disk does not take the record. A KeyboardInterrupt
+    ends the run, and the report says so.
     """
     clocks = _Clocks()
     mutant = find_mutant(scenario.plant) if scenario.plant else None
@@ -150,56 +155,65 @@ def _simulate(engine: Engine) -> _Ending:
 
 
 def build_core(scenario: Scenario, mutant: Mutant | None = None) -> ServingCore:
-    """The core that the scenario asks for, with its planted bug. UnknownCoreError: there is none of that kind."""
+    """The core that the scenario asks for, with its planted bug.
+
+    UnknownCoreError: there is none of that kind. SetupError: it takes no such sizes or options.
+    """
     core, cache = scenario.core, scenario.cache
-    built = core_factory(core.kind)(
-        CoreConfig(
-            batch_size=core.batch_size,
-            page_size=cache.page_size,
-            num_pages=cache.num_pages,
-            max_sequence_length=cache.max_sequence_length,
-            prefill_chunk=core.prefill_chunk,
-            lag=core.lag,
-            preemption=core.preemption,
-            mix=core.mix,
-            max_decode_wait=core.max_decode_wait,
-            max_prefill_wait=core.max_prefill_wait,
-            layers=cache.layers,
-            kv_heads=cache.kv_heads,
-            head_dim=cache.head_dim,
-            options=core.options,
-        )
+    config = CoreConfig(
+        batch_size=core.batch_size,
+        page_size=cache.page_size,
+        num_pages=cache.num_pages,
+        max_sequence_length=cache.max_sequence_length,
+        prefill_chunk=core.prefill_chunk,
+        lag=core.lag,
+        preemption=core.preemption,
+        mix=core.mix,
+        max_decode_wait=core.max_decode_wait,
+        max_prefill_wait=core.max_prefill_wait,
+        layers=cache.layers,
+        kv_heads=cache.kv_heads,
+        head_dim=cache.head_dim,
+        options=core.options,
     )
+    try:
+        built = core_factory(core.kind)(config)
+    except ValueError as error:
+        raise SetupError(f"core: {error}") from error
     return mutant.core(built) if mutant is not None and mutant.core is not None else built
 
 
 def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
-    """The opened backend, with its planted bug. BackendUnavailableError: it or its devices are not there."""
+    """The opened backend, with its planted bug.
+
+    BackendUnavailableError: it or its devices are not there. SetupError: it cannot hold such a cache.
+    """
     core, cache, settings = scenario.core, scenario.cache, scenario.backend
     backend = make_backend(settings.kind)
     if settings.road == "rows":
         backend = RowsOnly(backend)
     if mutant is not None and mutant.backend is not None:
         backend = mutant.backend(backend)
-    backend.open(
-        CacheSpec(
-            layers=cache.layers,
-            kv_heads=cache.kv_heads,
-            num_pages=cache.num_pages,
-            page_size=cache.page_size,
-            head_dim=cache.head_dim,
-            dtype=cache.dtype,
-            max_sequence_length=cache.max_sequence_length,
-            batch_size=core.batch_size,
-            prefill_chunk=core.prefill_chunk,
-            lag=core.lag,
-            layout=cache.layout,
-            writer=settings.writer,
-            quantize=cache.quantize,
-        ),
-        ModelSpec(scenario.model.kind, scenario.model.vocab_size, scenario.model.lanes),
-        DeviceSpec(settings.platform, dict(settings.mesh)),
+    spec = CacheSpec(
+        layers=cache.layers,
+        kv_heads=cache.kv_heads,
+        num_pages=cache.num_pages,
+        page_size=cache.page_size,
+        head_dim=cache.head_dim,
+        dtype=cache.dtype,
+        max_sequence_length=cache.max_sequence_length,
+        batch_size=core.batch_size,
+        prefill_chunk=core.prefill_chunk,
+        lag=core.lag,
+        layout=cache.layout,
+        writer=settings.writer,
+        quantize=cache.quantize,
     )
+    model = ModelSpec(scenario.model.kind, scenario.model.vocab_size, scenario.model.lanes)
+    try:
+        backend.open(spec, model, DeviceSpec(settings.platform, dict(settings.mesh.items())))
+    except ValueError as error:
+        raise SetupError(f"backend: {error}") from error
     return backend
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-import click
 import typer
 
 from sim.cli import inspect_commands, record_commands, run_command, tool_commands
@@ -34,20 +33,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        status = app(args=arguments, prog_name="kvproof", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return ExitCode.USAGE
-    except (KeyboardInterrupt, click.Abort):
+        app(args=arguments, prog_name="kvproof")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.HELD
+    except KeyboardInterrupt:
         _say("interrupted")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away; nothing is left to say and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.HELD
     except Exception as error:
         return _failed(error)
-    return status if isinstance(status, int) else ExitCode.HELD
+    return ExitCode.HELD
 
 
 def _failed(error: Exception) -> int:

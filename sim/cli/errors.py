@@ -11,9 +11,10 @@ from sim.exit_codes import ExitCode
 from sim.judge import PlanLogError
 from sim.mutants import UnknownMutantError
 from sim.replay import ReplayError
+from sim.run import SetupError
 from sim.scenario import ScenarioError
 
-USAGE_ERRORS = (ScenarioError, PlanLogError, RecordError, UnknownCoreError, UnknownMutantError, ReplayError)
+USAGE_ERRORS = (ScenarioError, PlanLogError, RecordError, UnknownCoreError, UnknownMutantError, ReplayError, SetupError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

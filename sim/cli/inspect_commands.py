@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from sim.cli.options import AsJson
+from sim.cli.options import AsJson, exits
 from sim.exit_codes import ExitCode
 
 SCENARIO_FOLDER: Final = Path("scenarios")
@@ -20,8 +20,8 @@ SCENARIO_FOLDER: Final = Path("scenarios")
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command("list", short_help="List scenarios, invariants, backends, cores or mutants.")(list_things)
-    app.command(short_help="Explain an invariant or a mutant.")(explain)
+    app.command("list", short_help="List scenarios, invariants, backends, cores or mutants.")(exits(list_things))
+    app.command(short_help="Explain an invariant or a mutant.")(exits(explain))
 
 
 def list_things(
@@ -66,10 +66,13 @@ def scenario_purposes(folder: Path) -> dict[str, str]:
 
 
 def invariant_statements() -> dict[str, str]:
-    """Id and statement of every invariant."""
+    """Id and statement of every invariant; those that are not checked yet say what they wait for."""
     from invariants.catalogue import CATALOGUE
 
-    return {name: invariant.statement for name, invariant in CATALOGUE.items()}
+    return {
+        name: entry.statement if entry.active else f"{entry.statement} (not checked yet: {entry.waits_for})"
+        for name, entry in CATALOGUE.items()
+    }
 
 
 def backends() -> dict[str, str]:
@@ -106,7 +109,9 @@ def explain(
 
     invariant, mutant = CATALOGUE.get(name.upper()), MUTANTS.get(name.lower())
     if invariant is not None:
-        fields = {"id": name.upper(), "statement": invariant.statement, "why": invariant.why}
+        fields = {"id": invariant.id, "statement": invariant.statement, "why": invariant.why, "checked": invariant.when}
+        if not invariant.active:
+            fields["checked"] = f"not yet: {invariant.waits_for}"
     elif mutant is not None:
         fields = {"id": mutant.name, "planted bug": mutant.sentence, "first noticed by": mutant.expected}
     else:

@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sim.cli.options import AsJson, Quiet, RunFolder
+from sim.cli.options import AsJson, Quiet, RunFolder, exits
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command(short_help="Draw the plots of a run again.")(plot)
-    app.command(short_help="Write the HTML report of a run.")(report)
-    app.command(short_help="Compare two runs.")(diff)
-    app.command(short_help="Run again and compare trace and violations.")(replay)
-    app.command(short_help="Audit a plan log of any engine.")(judge)
+    app.command(short_help="Draw the plots of a run again.")(exits(plot))
+    app.command(short_help="Write the HTML report of a run.")(exits(report))
+    app.command(short_help="Compare two runs.")(exits(diff))
+    app.command(short_help="Run again and compare trace and violations.")(exits(replay))
+    app.command(short_help="Audit a plan log of any engine.")(exits(judge))
 
 
 def plot(run: RunFolder, as_json: AsJson = False, quiet: Quiet = False) -> int:
@@ -68,9 +68,9 @@ def diff(
     if as_json:
         sys.stdout.write(json.dumps(comparison.to_json()) + "\n")
     elif not quiet:
-        typer.echo(comparison.text(), nl=False)
-    parted = any(key == "trace_hash" for key, _, _ in comparison.differing)
-    return 1 if same_trace and parted else 0
+        for line in comparison.lines():
+            typer.echo(line)
+    return 1 if same_trace and not comparison.same_trace else 0
 
 
 def replay(

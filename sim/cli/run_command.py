@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sim.cli.options import AsJson, Out, Overrides, Quiet, Seed
+from sim.cli.options import AsJson, Out, Overrides, Quiet, Seed, exits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ SEVERITY = (130, 3, 6, 2, 1, 4)
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command("run", short_help="Run scenarios, check every step, write a run folder.")(run_scenarios)
+    app.command("run", short_help="Run scenarios, check every step, write a run folder.")(exits(run_scenarios))
 
 
 def run_scenarios(

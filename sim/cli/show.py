@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -94,7 +94,7 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def progress_bar(console: Console, title: str, shown: bool) -> Iterator[Callable[[Progress], None]]:
+def progress_bar(console: Console, title: str, shown: bool) -> Generator[Callable[[Progress], None], None, None]:
     """A callback that moves a progress bar; on anything but a terminal it does nothing."""
     if not shown or not console.is_terminal:
         yield lambda progress: None

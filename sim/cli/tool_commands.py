@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from sim.cli.options import AsJson, Quiet
+from sim.cli.options import AsJson, Quiet, exits
 
 STARTER: Final = """\
 # yaml-language-server: $schema=schema.json
@@ -62,10 +62,10 @@ expect: # what the run must show; a latency bound that is missed has an exit sta
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command(short_help="Write a commented starter scenario.")(init)
-    app.command(short_help="Print the JSON Schema of scenario files.")(schema)
-    app.command(short_help="Show versions, devices and what missing extras would give.")(doctor)
-    app.command(short_help="Measure kvproof itself, in spins.")(bench)
+    app.command(short_help="Write a commented starter scenario.")(exits(init))
+    app.command(short_help="Print the JSON Schema of scenario files.")(exits(schema))
+    app.command(short_help="Show versions, devices and what missing extras would give.")(exits(doctor))
+    app.command(short_help="Measure kvproof itself, in spins.")(exits(bench))
 
 
 def init(

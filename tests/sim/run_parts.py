@@ -30,7 +30,7 @@ def logged(scenario: Scenario, **options: Any) -> tuple[Report, list[dict[str, A
 @st.composite
 def scenarios(draw: st.DrawFn) -> Scenario:
     """Small worlds with everything on: lag, preemption, EOS, cancels, failed steps, open and closed loops."""
-    count = draw(st.integers(1, 25))
+    count = draw(st.integers(1, 12))
     arrivals = draw(
         st.sampled_from(
             [
@@ -59,6 +59,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         workload__num_requests=count,
         workload__end_by=draw(st.sampled_from(["max_tokens", "eos"])),
         workload__too_long=draw(st.sampled_from(["reject", "clip"])),
+        invariants={"stop": "never"},
         expect={"rejected": {"min": 0}},
         faults=faults,
     )

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_attention.plan import EFFECT_KINDS, Effect
-from sim.judge import PlanLogError, effects_of, judge
+from sim.judge import PlanLogError, judge
 from sim.planlog import pack
+from sim.planlog_lines import effects_of
 from sim.run import run
 from tests.sim.run_parts import planned_only, scenarios
 

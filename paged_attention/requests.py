@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -162,7 +162,7 @@ def _refuse(name: str | int, length: int, largest: int, max_sequences: int, chun
 
 def own_copy(value: Any) -> Any:
     """A NumPy array's copy; a JAX array or a Python scalar cannot change, so it is its own copy."""
-    return cast("NDArray[Any]", value).copy() if isinstance(value, np.ndarray) else value
+    return np.array(value) if isinstance(value, np.ndarray) else value
 
 
 @dataclass(eq=False)

@@ -45,6 +45,7 @@ def write(run_folder: Path) -> Path:
 def _contents(record: RunRecord) -> dict[str, Any]:
     summary = record.summary
     failure = record.folder / "failure"
+    invariants = _table(summary.get("invariants"))
     return {
         "record": record,
         "summary": summary,
@@ -53,7 +54,8 @@ def _contents(record: RunRecord) -> dict[str, Any]:
         "overview": _overview(record),
         "latencies": _latencies(record),
         "latency_figures": LATENCY_FIGURES,
-        "invariants": _table(summary.get("invariants")),
+        "invariants": invariants,
+        "num_checked": sum(bool(counts["checked"]) for counts in invariants.values()),
         "expectations": summary.get("expectations") or [],
         "reasons": {
             **_table(summary.get("rejected_reasons")),

@@ -118,8 +118,10 @@ def test_expectations_and_refusals_are_listed(run, summary):
         "device": {"platform": "cpu"},
         "crash": None,
     }
+    summary["invariants"]["K1"] = {"checked": 0, "nontrivial": 0, "violated": 0}
     (run / "summary.json").write_text(json.dumps(summary))
     words = page_of(run).words
+    assert "2 invariants checked" in words
     assert "✓ held" in words
     assert "violated P1 P1 ✓ held" in words
     assert "prompt is too long 3" in words

@@ -159,8 +159,9 @@ class TableJudge:
             done = int(ledger.position[slot])
             if not device:
                 allowed = {done, done - 1}
-            elif 0 <= live.eos_position < done:
-                allowed = {-1}
+            elif 0 <= live.eos_position <= done:
+                # The step that samples the EOS may leave the slot at the EOS's position or already without one.
+                allowed = {-1} if live.eos_position < done else {-1, done}
             else:
                 allowed = {done}
             self._judge_position(slot, live.id, position, allowed, where)

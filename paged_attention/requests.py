@@ -162,7 +162,8 @@ def _refuse(name: str | int, length: int, largest: int, max_sequences: int, chun
 
 def own_copy(value: Any) -> Any:
     """A NumPy array's copy; a JAX array or a Python scalar cannot change, so it is its own copy."""
-    return np.array(value) if isinstance(value, np.ndarray) else value
+    array: Any = value
+    return array.copy() if isinstance(value, np.ndarray) else array
 
 
 @dataclass(eq=False)

@@ -1,5 +1,7 @@
 """The JAX backend: pages on a device (or sharded over a mesh), written in place, read back on the device."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections import OrderedDict

@@ -1,10 +1,12 @@
 """Finds the devices that a run asks for, and makes JAX's CPU client cheap for small steps."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +34,7 @@ class HeadsOverMesh:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """While this is entered, a CPU client that JAX makes gets one thread and runs steps in the caller's.
 
     At the size of a decode step, handing work to a pool costs more CPU time than it saves. The size of the pool is that

@@ -1,5 +1,7 @@
 """The host's side of looking into the pages: pads requests to compiled sizes, and words what came back."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,7 @@
 """Looks into the pages on the device: compares places with fingerprints, fetches raw words, spoils pages."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from typing import Any, Literal

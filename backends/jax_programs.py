@@ -1,5 +1,7 @@
 """The compiled programs of the JAX backend: which there are, what they are keyed on, and how many were compiled."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import functools

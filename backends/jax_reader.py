@@ -1,5 +1,7 @@
 """The reader model on the device: how many wrong words a row finds when it reads through its page table."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from typing import Any
@@ -71,19 +73,19 @@ class PageReader:
 
     def _count(self, pools: list[tuple[Any, Any]], page: Any, logical: Any, identity: Any, live: Any) -> Any:
         """Wrong words of each head in each page of a tile: (heads, tile)."""
-        word = WORD_MASK[self._dtype][0]
+        word = jnp.dtype(WORD_MASK[self._dtype][0])
         offset = jnp.arange(self._page_size, dtype=jnp.int32)
         phase = logical % len(self._lane) if len(self._lane) > 1 else jnp.zeros((1,), jnp.int32)
-        lanes, lane_salts = jnp.asarray(self._lane)[phase], jnp.asarray(self._salt)[phase]
-        wrong = jnp.zeros((self._heads, *identity.shape), jnp.int32)
+        lanes, salts_of = jnp.asarray(self._lane)[phase], jnp.asarray(self._salt)[phase]
+        wrong = jnp.zeros((self._heads, identity.shape[0]), jnp.int32)
         for nth in range(self._lane.shape[1]):
-            lane = lanes[:, nth]
-            for layer, pair in enumerate(pools):
-                for kind, pool in enumerate(pair):
-                    held = self._layout.read_lane(pool, page[:, None], offset, lane)
-                    # Gathering and hashing in one loop is slower than one after the other.
-                    held = lax.bitcast_convert_type(lax.optimization_barrier(held), jnp.dtype(word))
-                    salt = jnp.moveaxis(lane_salts[:, nth, layer, kind], 1, 0)
-                    expected = lane_words(identity, salt, lane, self._dtype, jnp)
-                    wrong += ((held != expected) & live).astype(jnp.int32)
-        return wrong.sum(axis=2)
+            held = [
+                self._layout.read_lane(pool, page[:, None], offset, lanes[:, nth]) for pair in pools for pool in pair
+            ]
+            # Gathering and hashing in one loop is slower than one after the other.
+            raw = lax.bitcast_convert_type(lax.optimization_barrier(jnp.stack(held)), word)
+            # To (layers x 2, heads, tile, page), as the gathered words are.
+            salt = jnp.moveaxis(salts_of[:, nth], 0, 3).reshape(raw.shape[:2] + salts_of.shape[:1] + offset.shape)
+            expected = lane_words(identity, salt, lanes[:, nth], self._dtype, jnp)
+            wrong += ((raw != expected) & live).sum(axis=(0, 3), dtype=jnp.int32)
+        return wrong

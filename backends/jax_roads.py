@@ -6,6 +6,8 @@
 Each function here is the body of one compiled program; the host's part is the packing.
 """
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import jax.numpy as jnp

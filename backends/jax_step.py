@@ -1,11 +1,13 @@
 """One step of the scripted model on the device: K/V of every layer into its pages, then a token for each row."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ def load_writer(name: str) -> Writer:
         raise ValueError(f"writer {name!r} cannot be loaded (expected 'module:function'): {error}") from error
     if not callable(writer):
         raise ValueError(f"writer {name!r} is no function: found {type(writer).__name__}")
-    return writer
+    return cast("Writer", writer)
 
 
 def own_writer(view: PagedAttentionCacheView, key: Any, value: Any, attn_meta: Any) -> PagedAttentionCacheView:

@@ -104,7 +104,7 @@ class NumpyBackend:
         for nth in range(min(self._model.lanes, self._cache.head_dim)):
             lane = read_lane(position, nth, self._cache.head_dim, self._dtype)
             expected = lane_words(identity, self._salts[..., lane], lane, self._dtype)
-            wrong += np.count_nonzero(self._words[:, :, :, page, offset, lane] != expected)
+            wrong += int(np.count_nonzero(self._words[:, :, :, page, offset, lane] != expected))
         return wrong
 
     def _clear_slots(self) -> None:

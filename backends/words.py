@@ -7,7 +7,7 @@ scale of each token and head counts as one word more, its raw bits.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +59,8 @@ def poison_word(dtype: str, how: Literal["nan", "big"]) -> int:
     if dtype == "int8":
         return 0x80
     kind = np.dtype(dtype)
-    value = np.nan if how == "nan" else float(ml_dtypes.finfo(kind).max)
+    largest = cast("Any", ml_dtypes.finfo(kind)).max
+    value = np.nan if how == "nan" else float(largest)
     return int(np.array(value, kind).view(WORD_MASK[dtype][0]))
 
 

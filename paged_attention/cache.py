@@ -1,9 +1,11 @@
 """The paged K/V cache: one view per layer, which writes a step's keys and values into their pages."""
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +27,7 @@ from paged_attention.quantize import Quantizer
 if TYPE_CHECKING:
     from jax.sharding import Mesh, NamedSharding
 
-    from paged_attention.requests import PagedAttentionMetadata
+    from paged_attention.model_io import PagedAttentionMetadata
 
 
 def data_movement_options(platform: str, dtype: DTypeLike) -> dict[str, str] | None:
@@ -213,16 +215,17 @@ def _zeros(
     import jax.numpy as jnp
 
     register()
+    element = np.dtype(dtype)
     heads = shape[layout.axes.index(PAGE_AXES[0])]
 
     def place(array: Any) -> NamedSharding:
         return page_sharding(mesh, layout, array.shape, heads, partition_manager)
 
     if quantizer is None:
-        return jnp.zeros(shape, dtype, device=place(jax.ShapeDtypeStruct(shape, dtype)))
+        return jnp.zeros(shape, element, device=place(jax.ShapeDtypeStruct(shape, element)))
 
     def pages() -> Any:
-        return quantizer.quantize(jnp.zeros(shape, dtype))
+        return quantizer.quantize(jnp.zeros(shape, element))
 
     return jax.jit(pages, out_shardings=jax.tree.map(place, jax.eval_shape(pages)))()
 
@@ -235,10 +238,10 @@ def _flatten(pages: tuple[Any, Any], quantizer: Quantizer | None) -> tuple[list[
 
     register()
     leaves, treedef = jax.tree.flatten(pages)
-    return cast("list[Any]", leaves), treedef.unflatten
+    return leaves, treedef.unflatten
 
 
 def _traced(*arrays: Any) -> bool:
-    import jax
+    from jax.core import Tracer
 
-    return any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return any(isinstance(array, Tracer) for array in arrays)

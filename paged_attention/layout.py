@@ -4,6 +4,8 @@ Everything that depends on the order of the axes is here: writer, reader, verifi
 `Layout`. "Rest" below is (head_dim,) for vectors and () for per-token scales of a quantised pool.
 """
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from typing import Any, Protocol

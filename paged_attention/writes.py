@@ -8,6 +8,8 @@
 order of a layout's axes, tokens as (tokens, heads, *rest). Rows that are not real are dropped.
 """
 
+# JAX's own annotations are incomplete.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -97,7 +97,7 @@ class LivenessJudge:
         rows = flight.plan.num_rows
         self.work += rows
         self.extra += rows
-        self.quiet_steps -= 1
+        self.without_progress = max(0, self.without_progress - 1)
         self._disturbed()
 
     def _progressed(self) -> None:

@@ -59,6 +59,8 @@ class OutputJudge:
             outcome.token[flight.first :],
             outcome.eos[flight.first :],
         )
+        if len(slots) != len(request):
+            return []  # Rows of strangers are among them: their judge has spoken, and whose token is whose is unknown.
         held = ledger.request[slots]
         if ledger.vocab_size is None:
             mine = held == request
@@ -116,7 +118,7 @@ class OutputJudge:
         assert flight.outcome is not None
         token, eos = int(flight.outcome.token[row]), int(flight.outcome.eos[row])
         if self.ledger.vocab_size is None:
-            live.tokens[position] = token
+            self._note(live, position, token)
             return
         expected = int(live.tokens[position])
         self.findings.counts["O1"].add(1, 1)
@@ -128,10 +130,7 @@ class OutputJudge:
                 expected=expected,
                 found=token,
             )
-            live.tokens[position] = token
-            slot = live.admission.slot if live.admission is not None else -1
-            if slot >= 0:
-                self.ledger.tokens[slot, position] = token
+            self._note(live, position, token)
         if (token == EOS_TOKEN) != (eos == 1):
             self.findings.breach(
                 "O3",
@@ -140,6 +139,13 @@ class OutputJudge:
                 expected=f"eos {int(token == EOS_TOKEN)}",
                 found=f"eos {eos}",
             )
+
+    def _note(self, live: Live, position: int, token: int) -> None:
+        """From now on this is the request's token there, wherever the books have it."""
+        if live.tokens is not None:
+            live.tokens[position] = token
+        if live.admission is not None and live.admission.slot >= 0:
+            self.ledger.tokens[live.admission.slot, position] = token
 
     def _eos_seen(self, live: Live, flight: Flight) -> bool:
         """Whether an earlier step, not yet applied, already brought the request's EOS (vocabulary unknown)."""

@@ -324,11 +324,9 @@ class TinyDevice:
         self.rows = np.zeros((policy.batch_size, -(-policy.max_sequence_length // policy.page_size)), np.int32)
 
     def write(self, page, offset, kv_id, layers=(0, 1)):
+        words = fingerprint.words(np.full((1, 1, 1, 1), kv_id, np.uint32), self.salts, self.DTYPE)
         for layer in layers:
-            for kind in (0, 1):
-                for head in range(self.HEADS):
-                    words = fingerprint.words(np.array([[kv_id]], np.uint32), self.salts[layer, kind, head], self.DTYPE)
-                    self.cache[kind, layer, head, page, offset] = words[0]
+            self.cache[:, layer, :, page, offset] = words[layer]
 
     def execute(self, plan, rows):
         self.positions[:], self.rows[:] = -1, 0
@@ -359,22 +357,22 @@ class TinyDevice:
         return StepOutcome(plan.step, ints(tokens), ints(eos))
 
     def verify(self, pages, offsets, kv_ids, limit=8):
-        wrong = []
-        for page, offset, kv_id in zip(pages.tolist(), offsets.tolist(), kv_ids.tolist(), strict=True):
-            for layer in range(self.LAYERS):
-                for kind in (0, 1):
-                    for head in range(self.HEADS):
-                        salt = self.salts[layer, kind, head]
-                        expected = fingerprint.words(np.array([[kv_id]], np.uint32), salt, self.DTYPE)[0]
-                        found = self.cache[kind, layer, head, page, offset]
-                        if (expected != found).any() and len(wrong) < limit:
-                            name = "KV"[kind]
-                            wrong.append(
-                                WrongPlace(
-                                    layer, name, head, page, offset, tuple(found.tolist()), tuple(expected.tolist())
-                                )
-                            )
-        return tuple(wrong)
+        shape = (len(pages), 1, 1, 1, 1)
+        expected = fingerprint.words(kv_ids.reshape(shape), self.salts[None], self.DTYPE)
+        found = np.moveaxis(self.cache[:, :, :, pages, offsets], 3, 0).swapaxes(1, 2)
+        wrong = np.argwhere((expected != found).any(axis=-1))[:limit]
+        return tuple(
+            WrongPlace(
+                int(layer),
+                "KV"[kind],
+                int(head),
+                int(pages[i]),
+                int(offsets[i]),
+                tuple(found[i, layer, kind, head].tolist()),
+                tuple(expected[i, layer, kind, head].tolist()),
+            )
+            for i, layer, kind, head in wrong
+        )
 
     def evidence(self, slots, pages):
         return self.tamper(
@@ -401,9 +399,19 @@ class World:
     """Drives core, device and auditor as the simulator does; `tamper(what, value)` may change what the auditor sees."""
 
     def __init__(
-        self, policy, *, tamper: Tamper = honest, eos=None, config=None, device=True, vocab: int | None = VOCAB
+        self,
+        policy,
+        *,
+        tamper: Tamper = honest,
+        eos=None,
+        config=None,
+        device=True,
+        vocab: int | None = VOCAB,
+        core=None,
+        step_ns=10,
     ) -> None:
-        self.core = TinyCore(policy)
+        self.core = core or TinyCore(policy)
+        self.step_ns = step_ns
         self.tamper = tamper
         self.eos = eos or {}
         self.auditor = Auditor(policy, config or AuditConfig(full_every=1), vocab)
@@ -430,7 +438,12 @@ class World:
         effects, refusal = self.tamper("submit", (effects, refusal))
         self.counts["arrived"] += 1
         self.counts["rejected"] += refusal is not None
-        self.times[request_id] = {"arrival_ns": self.now, "admitted_ns": None, "first_token_ns": None, "output_tokens": 0}
+        self.times[request_id] = {
+            "arrival_ns": self.now,
+            "admitted_ns": None,
+            "first_token_ns": None,
+            "output_tokens": 0,
+        }
         self.auditor.submitted(self.now, request, effects, refusal)
 
     def cancel(self, request_id):
@@ -473,7 +486,7 @@ class World:
 
     def complete(self):
         plan, outcome = self.flights.popleft()
-        self.now += 10
+        self.now += self.step_ns
         self.auditor.executed(self.now, plan, outcome)
         for i, request in enumerate(plan.request.tolist()):
             if request in self.core.live and plan.samples[i]:
@@ -486,7 +499,7 @@ class World:
 
     def _gone(self, effects):
         for effect in effects:
-            if effect.kind in {"ended", "cancelled"}:
+            if effect.kind in {"ended", "cancelled"} and effect.request in self.times:
                 self.counts["finished" if effect.kind == "ended" else "cancelled"] += 1
                 times = self.times[effect.request]
                 first = times["first_token_ns"]

@@ -23,9 +23,7 @@ def worlds(draw):
     )
     requests = draw(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 10)), min_size=1, max_size=7))
     eos = {
-        i: prompt + draw(st.integers(0, 6))
-        for i, (prompt, _) in enumerate(requests)
-        if prompt and draw(st.booleans())
+        i: prompt + draw(st.integers(0, 6)) for i, (prompt, _) in enumerate(requests) if prompt and draw(st.booleans())
     }
     ops = draw(
         st.lists(
@@ -41,7 +39,7 @@ def worlds(draw):
     return policy, requests, eos, ops
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(worlds(), st.sampled_from([1, 3]))
 def test_an_honest_core_is_never_accused(made, full_every):
     policy, requests, eos, ops = made

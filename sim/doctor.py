@@ -40,7 +40,7 @@ def diagnose() -> dict[str, Any]:
 def _devices() -> tuple[list[dict[str, Any]], str | None]:
     """Every device that JAX shows, and what keeps it from showing any."""
     try:
-        from backends.present import present_devices  # noqa: PLC0415 - starts JAX
+        from backends.present import present_devices
 
         return present_devices(), None
     except Exception as error:

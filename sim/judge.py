@@ -11,10 +11,12 @@ from typing import Final
 import numpy as np
 
 from invariants.auditor import AuditConfig, Auditor
-from paged_attention.plan import DeclaredPolicy, Effect, Request, StepOutcome, StepPlan
+from paged_attention.fingerprint import kv_base
+from paged_attention.plan import DeclaredPolicy, Effect, ModelRows, Request, StepOutcome, StepPlan
 from sim.planlog import SCHEMA, open_text
 from sim.planlog_lines import Line, LineError, effects_of, header_of, ints_of, object_of, parse, plan_of, text, whole
 from sim.record import Recorder
+from sim.script import NO_EOS
 
 MAX_ID: Final = 2**31 - 1
 
@@ -66,6 +68,9 @@ class _Judge:
         self.complete = False
         self._now_ns = 0
         self._plans: list[StepPlan] = []
+        self._scripted = vocab_size is not None
+        self._seeds: dict[int, int] = {}
+        self._eos_positions: dict[int, int] = {}
         self._done: StepPlan | None = None
         self._handlers: dict[str, Callable[[Line], None]] = {
             "submit": self._submit,
@@ -99,6 +104,8 @@ class _Judge:
         request = Request(whole(what, "id"), prompt, whole(what, "max_tokens"), seed=seed)
         if not 0 <= request.id <= MAX_ID:
             raise LineError(f"submit.id: expected 0 to {MAX_ID}, found {request.id}")
+        self._seeds[request.id] = seed & 0xFFFFFFFF
+        self._eos_positions[request.id] = whole(what, "eos_position") if "eos_position" in what else NO_EOS
         if "refused" in line:
             refusal = text(line, "refused")
             self.recorder.rejected(self._now_ns, request.id, len(prompt), refusal)
@@ -116,13 +123,23 @@ class _Judge:
 
     def _plan(self, line: Line) -> None:
         plan = plan_of(line)
-        known = self.recorder.requests.num_requests
-        if plan.num_rows and not (int(plan.request.min()) >= 0 and int(plan.request.max()) < known):
-            raise LineError(f"plan.request: a request that was never submitted; those that were are 0 to {known - 1}")
+        if strangers := set(plan.request.tolist()) - self._seeds.keys():
+            raise LineError(f"plan.request: request {min(strangers)} was never submitted")
         self.recorder.planned(self._now_ns, plan)
         self.auditor.planned(self._now_ns, plan, None)
-        self.auditor.dispatched(self._now_ns, plan, None, None)
+        self.auditor.dispatched(self._now_ns, plan, self._rows(plan), None)
         self._plans.append(plan)
+
+    def _rows(self, plan: StepPlan) -> ModelRows | None:
+        """What the scripted model computes; None: the tokens are the engine's own business."""
+        if not self._scripted:
+            return None
+        requests = plan.request.tolist()
+        return ModelRows(
+            kv_base=kv_base(plan.request, plan.admission),
+            token_seed=np.array([self._seeds[request] for request in requests], np.uint32),
+            eos_position=np.array([self._eos_positions[request] for request in requests], np.int32),
+        )
 
     def _idle(self, line: Line) -> None:
         self.auditor.idle(self._now_ns, None)

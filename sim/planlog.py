@@ -9,14 +9,15 @@
     {"end": {"pending": {}}}                                                    the last line: what is unfinished, why
 
 Every line may carry "time_ns" (never decreasing). An effect is [kind, request, admission, slot, first_page, pages,
-reason]; trailing fields may be left out. A file whose name ends in .gz is gzip.
+reason]; trailing fields may be left out. With a vocab_size the tokens are those of the scripted model: "seed" and
+"eos_position" (-1: no EOS) in submit say which. A file whose name ends in .gz is gzip.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -41,8 +42,11 @@ def open_text(path: Path, mode: str) -> IO[str]:
 class PlanLogWriter:
     """An observer that writes what it is told; with path None it writes nothing."""
 
-    def __init__(self, path: Path | None, policy: DeclaredPolicy, vocab_size: int | None) -> None:
+    def __init__(
+        self, path: Path | None, policy: DeclaredPolicy, vocab_size: int | None, eos_position: Callable[[int], int]
+    ) -> None:
         self._path = path
+        self._eos_position = eos_position
         self._header = {"schema": SCHEMA, "policy": asdict(policy), "vocab_size": vocab_size}
         self._file: IO[str] | None = None
 
@@ -62,6 +66,7 @@ class PlanLogWriter:
         """See Observer."""
         what = {"id": request.id, "prompt": request.prompt.tolist(), "max_tokens": request.max_tokens}
         what["seed"] = request.seed
+        what["eos_position"] = self._eos_position(request.id)
         rest = {"effects": pack(effects)} if refusal is None else {"refused": refusal}
         self._write({"time_ns": now_ns, "submit": what, **rest})
 

@@ -118,10 +118,8 @@ def _effects(packed: list[Any]) -> Iterator[Effect]:
         if kind not in EFFECT_KINDS:
             raise LineError(f"effects[{index}]: unknown kind {kind!r}; known are {', '.join(EFFECT_KINDS)}")
         numbers = rest[:4]
-        pages: list[Any] = rest[4] if len(rest) > 4 else []
+        pages = list_of({"pages": rest[4]}, "pages") if len(rest) > 4 else []
         reason: Any = rest[5] if len(rest) > 5 else ""
-        if not isinstance(pages, list):
-            raise LineError(f"effects[{index}]: expected a list of pages, found {pages!r:.60}")
         if not all(type(n) is int for n in (*numbers, *pages)) or not isinstance(reason, str):
             raise LineError(f"effects[{index}]: expected whole numbers, a list of pages and a text")
         padded = [*numbers, *(-1, 0)[len(numbers) - 2 :]] if len(numbers) < 4 else numbers

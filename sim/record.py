@@ -74,7 +74,6 @@ class RequestTable:
         self.last_token_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
         self.finish_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
         self.segment_start_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
-        self.itl_sum_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
         self.prompt_tokens: Int32[np.ndarray, " capacity"] = np.zeros(0, np.int32)
         self.output_tokens: Int32[np.ndarray, " capacity"] = self.prompt_tokens
         self.preemptions: Int32[np.ndarray, " capacity"] = self.prompt_tokens
@@ -97,7 +96,6 @@ class RequestTable:
             setattr(self, name, np.concatenate((getattr(self, name), np.full(more, NEVER, np.int64))))
         for name in self._COUNTS:
             setattr(self, name, np.concatenate((getattr(self, name), np.zeros(more, np.int32))))
-        self.itl_sum_ns = np.concatenate((self.itl_sum_ns, np.zeros(more, np.int64)))
         self.state = np.concatenate((self.state, np.full(more, LIVE, np.int8)))
         self.segment = np.concatenate((self.segment, np.full(more, NO_SEGMENT, np.int8)))
 
@@ -248,7 +246,7 @@ class Recorder:
             "admitted_ns": None if admitted == NEVER else admitted,
             "first_token_ns": None if first == NEVER else first,
             "finish_ns": int(table.finish_ns[request]),
-            "itl_sum_ns": int(table.itl_sum_ns[request]),
+            "itl_sum_ns": int(table.last_token_ns[request]) - first if first != NEVER else 0,
             "output_tokens": int(table.output_tokens[request]),
         }
 
@@ -278,23 +276,16 @@ class Recorder:
 
     def _tokens(self, now_ns: int, rows: Int32[np.ndarray, " rows"], token: Int32[np.ndarray, " rows"]) -> None:
         """Take in the rows' new tokens. Rows that also yielded at the end of the last step share one gap."""
-        if len(token) and int(token.min()) < 0:
-            rows = rows[token >= 0]
+        yielded = token >= 0
+        if np.count_nonzero(yielded) < len(rows):
+            rows = rows[yielded]
         requests = self.requests
-        last = requests.last_token_ns[rows]
-        shared = last == self._last_end_ns
-        num_shared = int(np.count_nonzero(shared))
-        if num_shared and self._last_end_ns != NEVER:
-            gap = now_ns - self._last_end_ns
-            self.itl_gaps[gap] += num_shared
-        else:
-            gap, shared = 0, np.zeros(len(rows), bool)
-            num_shared = 0
-        if num_shared == len(rows):
-            requests.itl_sum_ns[rows] += gap
-        else:
-            requests.itl_sum_ns[rows[shared]] += gap
-            self._other_tokens(now_ns, rows[~shared].tolist())
+        shared = requests.last_token_ns.take(rows) == self._last_end_ns
+        num_shared = int(np.count_nonzero(shared)) if self._last_end_ns != NEVER else 0
+        if num_shared:
+            self.itl_gaps[now_ns - self._last_end_ns] += num_shared
+        if num_shared < len(rows):
+            self._other_tokens(now_ns, (rows[~shared] if num_shared else rows).tolist())
         requests.output_tokens[rows] += 1
         requests.last_token_ns[rows] = now_ns
 
@@ -306,7 +297,6 @@ class Recorder:
                 requests.first_token_ns[request] = now_ns
             else:
                 self.itl_gaps[now_ns - last] += 1
-                requests.itl_sum_ns[request] += now_ns - last
 
     def _take(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
         for effect in effects:

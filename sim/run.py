@@ -93,6 +93,7 @@ def run(
     clocks = _Clocks()
     mutant = find_mutant(scenario.plant) if scenario.plant else None
     core = build_core(scenario, mutant)
+    script = RequestScript(scenario, prompt_tokens)
     if workload is None:
         workload = generate(scenario)
     faults = FaultSchedule(concrete_faults(scenario))
@@ -103,12 +104,12 @@ def run(
         recorder = Recorder(core.policy)
         events = EventLog(recorder)
         observers: list[Observer] = [events] if audit else []
-        with PlanLogWriter(plan_log, core.policy, scenario.model.vocab_size) as log:
+        with PlanLogWriter(plan_log, core.policy, scenario.model.vocab_size, script.eos_position) as log:
             observers += [log] if plan_log is not None else []
             parts = Parts(
                 core=core,
                 backend=backend,
-                script=RequestScript(scenario, prompt_tokens),
+                script=script,
                 cost=cost_model(scenario.cost),
                 workload=workload,
                 faults=faults,

@@ -63,14 +63,18 @@ class RequestScript:
             seed=int(self._seeds[arrival.request]),
         )
 
+    def eos_position(self, request: int) -> int:
+        """The position of the request's EOS token; -1 where no EOS ends it."""
+        return int(self._eos_position[request])
+
     def rows(self, plan: StepPlan) -> ModelRows:
         """What the model computes for each row of a plan."""
         request = plan.request
         if np.count_nonzero(plan.admission == 1) == plan.num_rows:
-            bases = self._bases[request]
+            bases = self._bases.take(request)
         else:
             bases = kv_base(request, plan.admission)
-        return ModelRows(bases, self._seeds[request], self._eos_position[request])
+        return ModelRows(bases, self._seeds.take(request), self._eos_position.take(request))
 
     def _reserve(self, request: int) -> None:
         while request >= len(self._bases):

@@ -45,7 +45,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _failed(error: Exception) -> int:
-    from sim.cli.errors import status_of  # noqa: PLC0415 - rarely needed
+    from sim.cli.errors import status_of
 
     if os.environ.get("KVPROOF_DEBUG") == "1":
         raise error

@@ -1,5 +1,4 @@
 """`kvproof list` and `explain`: what there is, and what it means."""
-# ruff: noqa: PLC0415 - commands import what they need when they run
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """`kvproof plot`, `report`, `diff`, `replay`, `judge`: what can be done with what runs have left behind."""
-# ruff: noqa: PLC0415 - commands import what they need when they run
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """`kvproof run`."""
-# ruff: noqa: PLC0415 - commands import what they need when they run
 
 from __future__ import annotations
 

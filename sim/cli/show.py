@@ -99,8 +99,8 @@ def progress_bar(console: Console, title: str, shown: bool) -> Generator[Callabl
     if not shown or not console.is_terminal:
         yield lambda progress: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),

@@ -1,5 +1,4 @@
 """`kvproof init`, `schema`, `doctor`, `bench`: help around the runs."""
-# ruff: noqa: PLC0415 - commands import what they need when they run
 
 from __future__ import annotations
 

@@ -1,0 +1,18 @@
+"""Settings that every test shares; they must stand before JAX starts."""
+
+import os
+
+from hypothesis import settings
+
+# Tests compile many small programs and run each a few times: compiling is what costs.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+).strip()
+
+# Shared machines stall; a deadline would say more about them than about the code.
+settings.register_profile("kvproof", deadline=None)
+settings.load_profile("kvproof")

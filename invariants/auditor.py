@@ -125,8 +125,7 @@ class Auditor:
         self._pages.settled(fences=False)
         self._metrics.planned_tokens += plan.num_tokens
         if not self._schedule.well_formed(plan):
-            ledger.flights[plan.step] = Flight(plan, [], 0, np.zeros(0, np.int32), np.zeros(0, np.int32), [])
-            return
+            return  # Its rows cannot be read: nothing can be followed until the next step.
         judge = self._rows_on and self._planned % self.config.every == 0
         flight, progress = self._rows.follow(plan, judge=judge)
         ledger.flights[plan.step] = flight

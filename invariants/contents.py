@@ -105,6 +105,9 @@ class ContentJudge:
         pages.append(ledger.table[slots, np.minimum(start // size, ledger.table.shape[1] - 1)])
         after.append(_tokens(ledger.request[slots], ledger.admission[slots], ledger.base[slots], start))
         page, new = np.concatenate(pages), np.concatenate(after)
+        inside = self._inside(page)
+        if not inside.all():
+            page, new = page[inside], new[inside]
         offset = new["position"] % size
         self._judge_unique(page, offset)
         written = Written(page, offset, self.shadow[page, offset], new)
@@ -129,7 +132,13 @@ class ContentJudge:
         later = flight.start > 0
         start, slots = flight.start[later].astype(np.uint32), flight.slots[later]
         position = (fingerprint.mix32(start + np.uint32(self.findings.step & 0xFFFF)) % start).astype(np.int32)
-        return self.ledger.table[slots, position // self.ledger.page_size], position % self.ledger.page_size
+        page, offset = self.ledger.table[slots, position // self.ledger.page_size], position % self.ledger.page_size
+        inside = self._inside(page)
+        return page[inside], offset[inside]
+
+    def _inside(self, page: Int32[ndarray, " places"]) -> Bool[ndarray, " places"]:
+        """Pages that somebody may own: a broken plan names others, and P3 and P8 have said so."""
+        return (page > 0) & (page < len(self.shadow))
 
     def _verify_pages(self, pages: Int32[ndarray, " pages"], device: Device, written: Written | None) -> None:
         """Compare every place of some pages."""

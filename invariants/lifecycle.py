@@ -347,7 +347,7 @@ class LifeJudge:
                 found="preempted",
             )
         if policy.victim == "newest":
-            newest = max(holders, key=lambda h: h.order)
+            newest = max(holders, key=lambda h: h.order, default=live)
             if newest is not live:
                 findings.breach(
                     "S10",

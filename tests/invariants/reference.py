@@ -487,7 +487,7 @@ class World:
     def complete(self):
         plan, outcome = self.flights.popleft()
         self.now += self.step_ns
-        self.auditor.executed(self.now, plan, outcome)
+        self.auditor.executed(self.now, plan, self.tamper("seen", outcome))
         for i, request in enumerate(plan.request.tolist()):
             if request in self.core.live and plan.samples[i]:
                 times = self.times[request]

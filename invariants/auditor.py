@@ -96,7 +96,8 @@ class Auditor:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """For each invariant that is on: how often it was checked, non-trivially checked, and violated."""
-        self._rows.settle_counts()
+        for judge in (self._rows, self._outputs, self._pages, self._liveness):
+            judge.settle_counts()
         return self._findings.counters()
 
     # ---- requests come and go
@@ -129,8 +130,7 @@ class Auditor:
         judge = self._rows_on and self._planned % self.config.every == 0
         flight, progress = self._rows.follow(plan, judge=judge)
         ledger.flights[plan.step] = flight
-        if life.granted:
-            self._judge_grants(plan.step)
+        self._judge_sizes(plan.step)
         self._schedule.judge(plan, flight.first, self._rows.in_step)
         self._liveness.planned(plan.num_rows, progress=progress)
         newly_blocked = self._schedule.blocked not in {-1, self._blocked}
@@ -140,14 +140,16 @@ class Auditor:
             self._snapshots.judge(snapshot(), after_failure=failed)
         self._planned += 1
 
-    def _judge_grants(self, step: int) -> None:
-        """P6 also for those that were given pages and have no row in this step."""
-        in_step = self._rows.in_step
-        for live, admission in self._life.granted:
-            slot = admission.slot
-            ran = live.prefill_step == step or (slot >= 0 and (in_step is None or slot in in_step))
-            if not ran and not admission.released:
-                self._tables.judge_size(admission, self._ledger.computed(admission), None, f"after step {step}")
+    def _judge_sizes(self, step: int) -> None:
+        """P6 also for those that have no row in this step: whoever was given pages, and decodes that were left out."""
+        ledger, in_step = self._ledger, self._rows.in_step
+        rest = [a for live, a in self._life.granted if live.prefill_step != step]
+        if in_step is not None:
+            left_out = (ledger.occupant[s] for s in ledger.running.tolist() if s not in in_step)
+            rest += [x.admission for x in left_out if x is not None and x.admission is not None]
+        for admission in rest:
+            if not admission.released:
+                self._tables.judge_size(admission, ledger.computed(admission), None, f"after step {step}")
 
     def idle(self, now_ns: int, snapshot: Snapshot) -> None:
         """`core.plan()` gave None. With nothing in flight, nothing may be left that could run (S11)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, UInt32
 from numpy import ndarray
 from numpy.typing import NDArray
 
@@ -62,6 +62,9 @@ class ContentJudge:
         self.shadow: Places = np.zeros((ledger.policy.num_pages, ledger.page_size) if self.on else (1, 1), PLACE)
         self.decoder: Decoder | None = None
         self.opened = False
+        self.joins = -1
+        self.bases: NDArray[np.uint32] = np.zeros(ledger.policy.batch_size, np.uint32)
+        """The kv_base of each slot, as of that many joins."""
 
     def open(self, device: Device) -> bool:
         """Look at the device once: whether it holds a cache."""
@@ -97,13 +100,16 @@ class ContentJudge:
         for _, live, admission, start, count in flight.prefills:
             at = np.arange(start, min(start + count, len(admission.pages) * size), dtype=np.int32)
             pages.append(np.array(admission.pages, np.int32)[at // size])
-            after.append(_tokens(live.id, admission.number, admission.base, at))
+            base = fingerprint.kv_base([live.id], [admission.number])
+            after.append(_tokens(live.id, admission.number, base, at))
+        if self.joins != ledger.joins:
+            self.joins, self.bases = ledger.joins, fingerprint.kv_base(ledger.request, ledger.admission)
         slots, start = flight.slots, flight.start
         dead = dead_rows(ledger.eos[slots], start)
         if dead.any():
             slots, start = slots[~dead], start[~dead]
         pages.append(ledger.table[slots, np.minimum(start // size, ledger.table.shape[1] - 1)])
-        after.append(_tokens(ledger.request[slots], ledger.admission[slots], ledger.base[slots], start))
+        after.append(_tokens(ledger.request[slots], ledger.admission[slots], self.bases[slots], start))
         page, new = np.concatenate(pages), np.concatenate(after)
         inside = self._inside(page)
         if not inside.all():
@@ -253,10 +259,10 @@ class ContentJudge:
             )
 
 
-def _tokens(request: object, admission: object, base: object, position: Int32[ndarray, " places"]) -> Places:
+def _tokens(request: object, admission: object, base: UInt32[ndarray, " n"], position: Int32[ndarray, " p"]) -> Places:
     """Shadow entries of tokens at `position`; the other arguments are one value or one for each."""
     new = np.empty(len(position), PLACE)
-    new["id"] = fingerprint.kv_id(np.asarray(base, np.uint32), position)
+    new["id"] = fingerprint.kv_id(base, position)
     new["request"], new["admission"], new["position"] = request, admission, position
     return new
 

@@ -47,13 +47,17 @@ class Ledger:
         self.position = np.zeros(slots, np.int32)
         self.last = np.full(slots, -1, np.int32)
         self.num_pages = np.zeros(slots, np.int32)
-        self.base = np.zeros(slots, np.uint32)
         self.eos = np.full(slots, -1, np.int32)
         self.table = np.zeros((slots, max(width, 1)), np.int32)
         # Lazily backed by the system: only rows that are used cost memory.
         self.tokens = np.zeros((slots, policy.max_sequence_length + 2), np.int32)
-        self.running = np.zeros(0, np.int32)
+        self.flat_tokens = self.tokens.reshape(-1)
+        # Where the next fed token of each slot lies in flat_tokens: a second view of `position`, moved with it.
+        self.cursor = np.zeros(slots, np.int64)
+        self.running = np.zeros(0, np.intp)
         self.running_key = (b"", b"", b"")
+        self.joins = 0
+        """How often any slot was taken: while it stands still, slots keep their occupants' rows."""
         self._stale = False
 
     # ---- reading
@@ -97,15 +101,25 @@ class Ledger:
     def refresh(self) -> None:
         """Bring `running` (the slots that decode, ascending) and its identity up to date."""
         if self._stale:
-            self.running = np.flatnonzero(self.active).astype(np.int32)
+            self.running = self.active.nonzero()[0]
             self.running_key = (
-                self.running.tobytes(),
+                self.running.astype(np.int32).tobytes(),
                 self.request[self.running].tobytes(),
                 self.admission[self.running].tobytes(),
             )
             self._stale = False
 
     # ---- following
+
+    def move(self, slot: int, position: int) -> None:
+        """The sequence in a slot stands at `position`."""
+        self.position[slot] = position
+        self.cursor[slot] = slot * self.tokens.shape[1] + position
+
+    def advance(self) -> None:
+        """Every running sequence is one token further."""
+        self.position += self.active
+        self.cursor += self.active
 
     def submit(self, request: Request, now_ns: int) -> Live:
         """Put a new request at the tail of the waiting queue."""
@@ -128,8 +142,7 @@ class Ledger:
         live.admissions = number
         live.state = "prefill"
         live.admitted_ns = now_ns if live.admitted_ns is None else live.admitted_ns
-        base = int(fingerprint.kv_base([live.id], [number])[0])
-        live.admission = Admission(live.id, number, live.known, base)
+        live.admission = Admission(live.id, number, live.known)
         self.prefill[live.id] = live
         return live.admission
 
@@ -158,9 +171,10 @@ class Ledger:
         self.occupant[slot] = live
         live.state = "running"
         position, admission.slot = admission.position, slot
-        self.request[slot], self.admission[slot] = live.id, admission.number
-        self.position[slot], self.last[slot] = position, live.last
-        self.base[slot], self.eos[slot] = admission.base, live.eos_position
+        self.joins += 1
+        self.move(slot, position)
+        self.request[slot], self.admission[slot], self.last[slot] = live.id, admission.number, live.last
+        self.eos[slot] = live.eos_position
         count = len(admission.pages)
         self.num_pages[slot] = count
         self.table[slot] = 0
@@ -172,10 +186,12 @@ class Ledger:
 
     def grow(self, admission: Admission, pages: tuple[int, ...]) -> None:
         """Append pages to an admission's list, and to its row."""
-        count = len(admission.pages)
+        count, slot = len(admission.pages), admission.slot
         admission.pages.extend(pages)
-        slot = admission.slot
-        if slot >= 0:
+        if slot >= 0 and len(pages) == 1 and count < self.table.shape[1]:
+            self.table[slot, count] = pages[0]
+            self.num_pages[slot] = count + 1
+        elif slot >= 0:
             width = self.table.shape[1]
             self.table[slot, count : count + len(pages)] = pages[: max(width - count, 0)]
             self.num_pages[slot] = len(admission.pages)

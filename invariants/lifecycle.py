@@ -72,7 +72,7 @@ class LifeJudge:
         self.joined: list[Live] = []
         self.preempted: list[Live] = []
         self.granted: list[tuple[Live, Admission]] = []
-        """Given pages in the plan at hand."""
+        """Given pages in the plan at hand, outside a slot."""
 
     # ---- calls
 
@@ -255,7 +255,8 @@ class LifeJudge:
             state = live.state if live is not None else self.ledger.how_gone(effect.request)
             self._illegal(effect, f"while the request is {state}")
             return
-        self.granted.append((live, admission))
+        if admission.slot < 0:
+            self.granted.append((live, admission))
         self.pages.allocated(effect, admission)
 
     def _freed(self, effect: Effect) -> None:

@@ -35,6 +35,8 @@ class LivenessJudge:
         self.extra = 0
         """Work that preemptions and abandoned steps have added so far."""
         self.steps = 0
+        self.counted_steps = 0
+        self.heads = 0
         self.quiet_steps = 0
         self.quiet_bound = 0
         self.progress = 0
@@ -106,7 +108,7 @@ class LivenessJudge:
 
     def planned(self, rows: int, *, progress: bool) -> None:
         """A step with `rows` rows was planned; `progress`: some request is further than it ever was."""
-        findings, counts = self.findings, self.findings.counts
+        findings = self.findings
         self.unplanned_submission = False
         self.steps += 1
         self.quiet_steps += 1
@@ -115,8 +117,6 @@ class LivenessJudge:
             self._progressed()
         else:
             self.without_progress += 1
-        counts["L1"].add(1, 1)
-        counts["L2"].add(1, 1)
         if self.quiet_steps > self.quiet_bound:
             findings.breach(
                 "L1",
@@ -140,10 +140,18 @@ class LivenessJudge:
             self._judge_head(self.ledger.waiting[0])
         self._judge_clock()
 
+    def settle_counts(self) -> None:
+        """Move the bulk counters into the counters."""
+        new = self.steps - self.counted_steps
+        for name in ("L1", "L2", "L5"):
+            self.findings.counts[name].add(new, new)
+        self.findings.counts["L3"].add(self.heads, self.heads)
+        self.counted_steps, self.heads = self.steps, 0
+
     def _judge_head(self, head: Live) -> None:
         age = self.steps - head.waits_since_step
         bound = head.wait_bound + self.extra - head.extra_at
-        self.findings.counts["L3"].add(1, 1)
+        self.heads += 1
         if age > bound:
             self.findings.breach(
                 "L3",
@@ -156,7 +164,6 @@ class LivenessJudge:
 
     def _judge_clock(self) -> None:
         now, limit = self.findings.time_ns, MAX_STEPS_AT_ONE_INSTANT + self.ledger.policy.lag
-        self.findings.counts["L5"].add(1, 1)
         if now != self.instant_ns:
             if now < self.instant_ns:
                 self.findings.breach(

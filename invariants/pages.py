@@ -19,6 +19,7 @@ class PageJudge:
     def __init__(self, ledger: Ledger, findings: Findings) -> None:
         self.ledger = ledger
         self.findings = findings
+        self.granted_pages = self.fence_pages = self.grants = self.growths = 0
         self.due: dict[int, Admission] = {}
         """Admissions that must be given back by the end of the call, by request."""
         self.next_due: dict[int, Admission] = {}
@@ -26,10 +27,24 @@ class PageJudge:
 
     def allocated(self, effect: Effect, admission: Admission) -> None:
         """`pages` go to an admission that may hold pages."""
-        pool, pages, count = self.ledger.pool, effect.pages, self.findings.counts
+        pool, pages = self.ledger.pool, effect.pages
         size = len(pages)
-        if not size:
-            return
+        self.granted_pages += size
+        self.grants += 1
+        if pool.fences:
+            self.fence_pages += size
+        self.growths += effect.first_page > 0
+        # Whatever stands in the queue of free pages is free, once, and in range: only its order is left to compare.
+        if effect.first_page == len(admission.pages) and pool.order.take_next(pages):
+            pool.hold(admission, pages)
+            self.ledger.grow(admission, pages)
+        elif size:
+            self._judge_grant(effect, admission)
+
+    def _judge_grant(self, effect: Effect, admission: Admission) -> None:
+        """A grant that is not simply the next pages in turn."""
+        pool, pages = self.ledger.pool, effect.pages
+        size = len(pages)
         who = f"request {effect.request}, admission {effect.admission}"
         in_range = min(pages) > 0 and max(pages) < pool.num_pages
         if not in_range:
@@ -39,8 +54,6 @@ class PageJudge:
         if not pool.holder.keys().isdisjoint(pages) or len(set(pages)) != size:
             in_turn = False
             self._not_free(pages, who, effect)
-        if pool.fences:
-            count["P11"].add(size, size)
         if effect.first_page != len(admission.pages):
             self.findings.breach(
                 "P7",
@@ -50,7 +63,6 @@ class PageJudge:
                 expected=f"first_page {len(admission.pages)}",
                 found=f"first_page {effect.first_page}",
             )
-        nontrivial = size if pool.num_free > 1 else 0
         wrong = pool.order.take_all(pages)
         if wrong is not None and in_turn:
             self.findings.breach(
@@ -64,10 +76,16 @@ class PageJudge:
             )
         pool.hold(admission, pages)
         self.ledger.grow(admission, effect.pages)
-        count["P13"].add(size, nontrivial)
+
+    def settle_counts(self) -> None:
+        """Move the bulk counters into the counters."""
+        count, size = self.findings.counts, self.granted_pages
         for name in ("P1", "P3", "P8"):
             count[name].add(size, size)
-        count["P7"].add(1, 1 if effect.first_page else 0)
+        count["P13"].add(size, size)
+        count["P11"].add(self.fence_pages, self.fence_pages)
+        count["P7"].add(self.grants, self.growths)
+        self.granted_pages = self.fence_pages = self.grants = self.growths = 0
 
     def _out_of_range(self, verb: str, who: str, effect: Effect) -> None:
         if DUMMY_PAGE in effect.pages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Literal
 
 from invariants.records import Admission
@@ -39,6 +40,17 @@ class FreeOrder:
             heapq.heapify(self.heap)
         elif page in self.pages:
             self.pages.remove(page)
+
+    def take_next(self, pages: Sequence[int]) -> bool:
+        """Strike out pages if they are exactly the next ones of a first-in-first-out queue; else change nothing."""
+        if self.order != "fifo":
+            return False
+        queue = self.pages
+        if tuple(islice(queue, len(pages))) != pages:
+            return False
+        for _ in pages:
+            queue.popleft()
+        return True
 
     def take_all(self, pages: Sequence[int]) -> tuple[int, int] | None:
         """Strike out pages one after another; the first (expected, found) that was out of turn."""

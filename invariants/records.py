@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 from numpy.typing import NDArray
 
 from paged_attention.plan import Request, StepOutcome, StepPlan
@@ -22,8 +22,6 @@ class Admission:
     number: int
     feed: int
     """Tokens that its prefill feeds: the prompt, and after a preemption what was generated before."""
-    base: int
-    """The kv_base of its fingerprints."""
     pages: list[int] = field(default_factory=list[int])
     slot: int = -1
     position: int = 0
@@ -92,8 +90,12 @@ class Flight:
     """(row, request, admission, start, count) of each prefill row."""
     first: int
     """Row of the first decode."""
-    slots: Int32[np.ndarray, " decodes"]
+    slots: Int[np.ndarray, " decodes"]
     start: Int32[np.ndarray, " decodes"]
+    at: Int[np.ndarray, " decodes"]
+    """Where in the ledger's flat tokens the token of each decode row belongs."""
+    joins: int
+    """The ledger's count of joins when the step was planned."""
     draining: list[Live]
     """Requests whose last row this is."""
     outcome: StepOutcome | None = None

@@ -14,11 +14,16 @@ from invariants.findings import Findings
 from invariants.ledger import Ledger
 from invariants.pages import PageJudge
 from invariants.records import Admission, Flight, Live
-from invariants.tables import TableJudge, needed_pages
+from invariants.tables import TableJudge
 from paged_attention.plan import UNKNOWN_TOKEN, StepPlan
 
 ROW_FAMILY = ("S1", "S2", "S3", "S4", "S5", "P6", "P7", "T1", "T2", "T3", "T6", "S12")
 """What each decode row is evaluated for."""
+
+PREFILL_FAMILY = ("S1", "S2", "S3", "S4", "S5", "P6", "T1", "T2")
+"""What each prefill row is evaluated for."""
+
+NOWHERE = np.zeros(0, np.int64)
 
 
 class RowJudge:
@@ -36,6 +41,8 @@ class RowJudge:
         self.unknown_allowed = ledger.policy.lag > 0 or ledger.vocab_size is None
         self.decode_rows = 0
         """Decode rows judged so far: the counters of ROW_FAMILY that no event moves."""
+        self.prefill_rows = 0
+        self.resumed_rows = 0
         self.in_step: frozenset[int] | None = None
         """The slots that decode in the step at hand; None: every running one."""
 
@@ -44,20 +51,22 @@ class RowJudge:
         ledger = self.ledger
         rows, first, tokens_at = plan.num_rows, 0, 0
         ledger.refresh()
-        flight = Flight(plan, [], 0, ledger.running, ledger.position[ledger.running], [])
+        running = ledger.running
+        flight = Flight(plan, [], 0, running, ledger.position[running], NOWHERE, ledger.joins, [])
         progress = False
         while first < rows and plan.slot.item(first) < 0:
             progress |= self._prefill_row(flight, first, tokens_at)
             tokens_at += plan.count.item(first)
             first += 1
         flight.first = first
-        ledger.refresh()
         self.in_step = None
         if not self._ordinary(plan, first, tokens_at, flight.start, judge=judge):
             progress |= self._one_by_one(flight, first, tokens_at)
         else:
             progress |= rows > first
-            self._advance_all(flight)
+            ledger.advance()
+            flight.at = ledger.cursor[flight.slots]
+            self._find_ends(flight)
         if judge:
             self.decode_rows += rows - first
         return flight, progress
@@ -66,7 +75,10 @@ class RowJudge:
         """Move the bulk counter into the counters."""
         for name in ROW_FAMILY:
             self.findings.counts[name].add(self.decode_rows, self.decode_rows)
-        self.decode_rows = 0
+        for name in PREFILL_FAMILY:
+            self.findings.counts[name].add(self.prefill_rows, self.prefill_rows)
+        self.findings.counts["R2"].add(self.resumed_rows, self.resumed_rows)
+        self.decode_rows = self.prefill_rows = self.resumed_rows = 0
 
     # ---- all decodes at once
 
@@ -90,18 +102,17 @@ class RowJudge:
             return False
         fed = plan.tokens[tokens_at:]
         if not self.unknown_allowed or fed.tobytes() != self.unknown[: len(start)].tobytes():
-            mine = ledger.tokens[ledger.running, start]
+            mine = ledger.flat_tokens[ledger.cursor[ledger.running]]
             if fed.tobytes() != mine.tobytes():
                 seen = fed != UNKNOWN_TOKEN
                 if not self.unknown_allowed or (fed[seen] != mine[seen]).any():
                     return False
-        return self.tables.rows_agree(plan, first, needed_pages(start, ledger.page_size))
+        return self.tables.rows_agree(plan, first, start)
 
-    def _advance_all(self, flight: Flight) -> None:
+    def _find_ends(self, flight: Flight) -> None:
         ledger = self.ledger
-        ledger.position += ledger.active
         at_end = ledger.position == ledger.last
-        if at_end.any():
+        if b"\x01" in at_end.tobytes():
             for slot in np.flatnonzero(at_end).tolist():
                 self._drain(flight, ledger.occupant[slot])
 
@@ -172,15 +183,16 @@ class RowJudge:
                 found=slots,
             )
         self.in_step = frozenset(slots)
-        flight.slots, flight.start = np.array(slots, np.int32), np.array(starts, np.int32)
+        flight.slots, flight.start = np.array(slots, np.intp), np.array(starts, np.int32)
         if len(slots) != plan.num_rows - first:
             # Rows of strangers: the outcome cannot be told apart by slot any more.
-            flight.slots = flight.start = np.zeros(0, np.int32)
+            flight.slots, flight.start = NOWHERE, np.zeros(0, np.int32)
         for slot in slots:
-            ledger.position[slot] += 1
+            ledger.move(slot, int(ledger.position[slot]) + 1)
             live = ledger.occupant[slot]
             if ledger.position[slot] == ledger.last[slot]:
                 self._drain(flight, live)
+        flight.at = ledger.cursor[flight.slots]
         return progress
 
     def _whose(self, plan: StepPlan, row: int, states: frozenset[str]) -> tuple[Live, Admission] | None:
@@ -218,10 +230,8 @@ class RowJudge:
         known = ledger.known_tokens(live)
         who = f"request {live.id}, admission {admission.number}"
         if slot < 0:
-            for name in ("S1", "S2", "S3", "S4", "S5", "P6", "T1", "T2"):
-                findings.counts[name].add(1, 1)
-            if admission.number > 1:
-                findings.counts["R2"].add(1, 1)
+            self.prefill_rows += 1
+            self.resumed_rows += admission.number > 1
         if slot != admission.slot:
             findings.breach(
                 "T3",
@@ -327,7 +337,7 @@ class RowJudge:
             if live is None or live.admission is None or int(ledger.position[slot]) != start + 1:
                 continue
             live.admission.high = max(live.admission.high, start + 1)
-            ledger.position[slot] = start
+            ledger.move(slot, start)
             if live.state == "draining":
                 self.pages.not_due(live)
                 ledger.undrain(live, live.admission)

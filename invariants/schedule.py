@@ -44,20 +44,15 @@ class ScheduleJudge:
     def well_formed(self, plan: StepPlan) -> bool:
         """S1: arrays of one length, within the budget; False: its rows cannot be read."""
         rows, tokens = len(plan.request), len(plan.tokens)
-        lengths = {rows, len(plan.admission), len(plan.slot), len(plan.start), len(plan.count), len(plan.samples)}
-        self.findings.counts["S1"].add(1, 1)
-        if (
-            len(lengths) > 1
-            or len(plan.num_pages) != rows
-            or len(plan.table) != rows
-            or plan.table.ndim != 2
-            or int(plan.count.sum()) != tokens
-        ):
+        each = (plan.admission, plan.slot, plan.start, plan.count, plan.samples, plan.num_pages, plan.table)
+        lengths = {rows, *map(len, each)}
+        counts: list[int] = plan.count.tolist()
+        if len(lengths) > 1 or plan.table.ndim != 2 or sum(counts) != tokens:
             self.findings.breach(
                 "S1",
                 f"the arrays of step {plan.step} do not fit together",
                 expected=f"{rows} entries for each of {rows} rows, {tokens} tokens",
-                found=f"{sorted(lengths)} entries, {int(plan.count.sum())} tokens by count",
+                found=f"{sorted(lengths)} entries, {sum(counts)} tokens by count",
             )
             return False
         if tokens > self.budget:

@@ -18,6 +18,8 @@ class TableJudge:
     def __init__(self, ledger: Ledger, findings: Findings) -> None:
         self.ledger = ledger
         self.findings = findings
+        # Arrays without axes: NumPy converts a Python integer anew at each use, which costs more than the division.
+        self.page_size, self.one = np.array(ledger.page_size, np.int32), np.array(1, np.int32)
         self.tables_on = findings.any_on(("T1", "T2", "P7"))
 
     # ---- one row
@@ -109,11 +111,12 @@ class TableJudge:
 
     # ---- a step at once
 
-    def rows_agree(self, plan: StepPlan, first: int, needed: Int32[ndarray, " decodes"]) -> bool:
+    def rows_agree(self, plan: StepPlan, first: int, start: Int32[ndarray, " decodes"]) -> bool:
         """Whether all decode rows have exactly the pages that they need, and the table shows the ledger's."""
         ledger = self.ledger
         slots = ledger.running
         counts = ledger.num_pages[slots].tobytes()
+        needed = start // self.page_size + self.one
         if counts != needed.tobytes() or counts != plan.num_pages[first:].tobytes():
             return False
         if not self.tables_on:
@@ -121,7 +124,7 @@ class TableJudge:
         width = plan.table.shape[1]
         if width > ledger.table.shape[1]:
             return False
-        return ledger.table[slots, :width].tobytes() == plan.table[first:].tobytes()
+        return ledger.table.take(slots, axis=0)[:, :width].tobytes() == plan.table[first:].tobytes()
 
     # ---- the batch on the host or on the device
 
@@ -181,8 +184,3 @@ class TableJudge:
     def judge_evidence(self, evidence: Evidence, in_step: frozenset[int]) -> None:
         """The rows and positions that lie on the device."""
         self.judge_batch(evidence.slots, evidence.rows, evidence.positions, in_step, device=True)
-
-
-def needed_pages(start: Int32[ndarray, " rows"], page_size: int) -> Int32[ndarray, " rows"]:
-    """Pages that hold the tokens 0 .. start."""
-    return np.floor_divide(start, page_size) + 1

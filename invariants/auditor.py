@@ -85,7 +85,6 @@ class Auditor:
         self._rows_on = findings.any_on((*ROW_FAMILY, "R1", "R2"))
         self._device_rows_on = findings.any_on(("T1", "T2", "T6"))
         self._planned = 0
-        self._applied = 0
         self._dispatched = 0
         self._blocked = -1
 
@@ -227,9 +226,9 @@ class Auditor:
         self._life.follow(effects, "apply")
         self._outputs.end_apply()
         self._pages.settled(fences=True)
-        if snapshot is not None and self._applied % self.config.full_every == 0:
+        # With full checks in every step the state is seen before and after; else a plan's snapshot shows the same.
+        if snapshot is not None and self.config.full_every == 1:
             self._snapshots.judge(snapshot(), after_failure=False)
-        self._applied += 1
 
     def abandoned(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
         """The newest plan never ran and was taken back."""

@@ -46,6 +46,9 @@ class FreeOrder:
         if self.order != "fifo":
             return False
         queue = self.pages
+        if len(pages) == 1 and queue and queue[0] == pages[0]:
+            queue.popleft()
+            return True
         if tuple(islice(queue, len(pages))) != pages:
             return False
         for _ in pages:
@@ -113,7 +116,8 @@ class Pool:
 
     def hold(self, admission: Admission, pages: Iterable[int]) -> None:
         """Pages belong to an admission from now on."""
-        self.holder.update(dict.fromkeys(pages, admission))
+        for page in pages:
+            self.holder[page] = admission
 
     def release(self, admission: Admission, order: Iterable[int], *, fenced: bool) -> None:
         """An admission gives back what it holds, in the order told; pages told that are not its own stay."""

@@ -238,6 +238,7 @@ class Auditor:
             self._rows.take_back(flight)
             self._metrics.planned_tokens -= flight.plan.num_tokens
             self._liveness.abandoned(flight)
+            self._schedule.abandoned()
         self._life.follow(effects, "abandon")
         self._pages.settled(fences=True)
 

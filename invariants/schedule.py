@@ -37,6 +37,8 @@ class ScheduleJudge:
         self.budget = policy.max_step_tokens or policy.prefill_chunk * policy.max_prefill_rows + policy.batch_size
         self.decode_wait: dict[int, int] = {}
         self.prefill_wait = 0
+        self._waits_before = (self.decode_wait, self.prefill_wait)
+        """Both as they were before the newest plan."""
         self.blocked = -1
         """The head of the queue for which pages are short in the plan at hand; -1: none."""
         self.strict = policy.admission == "fcfs" and policy.admission_pages != "any" and policy.mix != "any"
@@ -76,6 +78,7 @@ class ScheduleJudge:
     def judge(self, plan: StepPlan, prefills: int, decodes: frozenset[int] | None) -> None:
         """S10, S11, S12 once effects and rows are followed; `decodes`: slots in this step (None: all running)."""
         self.blocked = -1
+        self._waits_before = (self.decode_wait, self.prefill_wait)
         if decodes is not None or self.decode_wait:
             self._judge_waits(prefills, decodes)
         if self.life.preempted:
@@ -86,6 +89,10 @@ class ScheduleJudge:
             self._judge_admitted(live, active)
         if self.strict:
             self._judge_idle_work(active, decodes)
+
+    def abandoned(self) -> None:
+        """The newest plan never ran: nobody waited in it."""
+        self.decode_wait, self.prefill_wait = self._waits_before
 
     # ---- S10
 

@@ -164,3 +164,22 @@ def test_a_damaged_record_cannot_be_replayed(broken: str, tmp_path: Path) -> Non
 def test_a_folder_without_a_record_cannot_be_replayed(tmp_path: Path) -> None:
     with pytest.raises(ReplayError, match="give a run folder"):
         load_recorded(tmp_path)
+
+
+@pytest.mark.parametrize("mix", ["prefill_first", "decode_first"])
+def test_a_step_that_never_ran_counts_as_no_wait(mix: str) -> None:
+    report = run(
+        planned_only(
+            core__mix=mix,
+            core__max_decode_wait=1,
+            core__max_prefill_wait=1,
+            core__prefill_chunk=2,
+            workload__prompt_tokens={"kind": "fixed", "value": 9},
+            workload__output_tokens={"kind": "fixed", "value": 9},
+            workload__arrivals={"kind": "concurrent", "concurrency": 4},
+            workload__num_requests=8,
+            faults=[{"kind": "fail", "at_step": step} for step in range(1, 60, 3)],
+        )
+    )
+    assert report.violations == ()
+    assert report.summary["invariants"]["S12"]["nontrivial"] > 0

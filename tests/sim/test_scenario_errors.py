@@ -50,6 +50,11 @@ def edited(old: str, new: str) -> str:
             "3:8: core.batchsize: unknown key (did you mean 'batch_size'?)",
         ),
         ("{batch_size: 4, ", "{", "3:1: core.batch_size: the key is missing"),
+        (
+            "name: small",
+            "name: small\ninvariants: {only: [P1, P99]}",
+            "3:25: invariants.only.1: unknown value 'P99' (did you mean 'P9'?)",
+        ),
         ("page_size: 4", "page_size: 0", "4:9: cache.page_size: expected at least 1, found 0"),
         ("num_pages: 33", "num_pages: 1", "4:23: cache.num_pages: expected at least 2, found 1"),
         ("prefill_chunk: 8", "prefill_chunk: 8, lag: 3", "3:41: core.lag: expected at most 2, found 3"),

@@ -161,7 +161,8 @@ class JaxBackend:
     ) -> tuple[WrongPlace, ...]:
         """The first wrong places, by place, then layer, K before V, then head."""
         check_places(pages, offsets, self._cache)
-        packed = np.stack([pages, offsets, kv_ids.view(np.int32)])
+        packed = np.empty((3, len(pages)), np.int32)
+        packed[0], packed[1], packed[2] = pages, offsets, kv_ids.view(np.int32)
         return tuple(first_wrong(self._programs, self._pools, packed, limit))
 
     def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:

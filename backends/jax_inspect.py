@@ -25,7 +25,7 @@ def page_words(programs: Programs, pools: Pools, pages: Ints) -> NDArray[np.unsi
     held = [np.zeros((0, cache.layers, 2, cache.kv_heads, cache.head_dim), WORD_MASK[programs.model.dtype][0])]
     for part in parts(pages, probe.PAGES_PER_CALL):
         places = np.repeat(part, len(offset)), np.tile(offset, len(part))
-        held.append(_fetch(programs, pools, *places, probe.PAGES_PER_CALL * len(offset))[0])
+        held.append(_fetch(programs, pools, *places)[0])
     stacked = np.concatenate(held)
     by_page = stacked.reshape(len(pages), len(offset), *stacked.shape[1:])
     return np.ascontiguousarray(by_page.transpose(3, 2, 4, 0, 1, 5))
@@ -36,22 +36,30 @@ def first_wrong(
 ) -> list[WrongPlace]:
     """The first wrong ones among places (page, offset, kv_id), by place, then layer, K before V, then head."""
     wrong: list[WrongPlace] = []
-    for part in parts(np.arange(packed.shape[1]), probe.PLACES_PER_CALL[-1]):
-        places = packed[:, part]
-        width = next(size for size in probe.PLACES_PER_CALL if size >= len(part))
-        num_wrong, flags = programs.wrong_places(width)(pools, padded(places, width), np.int32(len(part)))
-        if int(num_wrong):
-            suspects = places[:, np.flatnonzero(np.asarray(flags)[: len(part)])[:limit]]
-            for few in parts(np.arange(suspects.shape[1]), probe.DETAILS_PER_CALL):
-                wrong += _details(programs, pools, suspects[:, few])
-        if len(wrong) >= limit:
-            break
-    return wrong[:limit]
+    for part in parts(packed.T, probe.PLACES_PER_CALL[-1]):
+        if not _all_right(programs, pools, part.T):
+            for few in parts(part, probe.PAGES_PER_CALL * programs.model.cache.page_size):
+                wrong += _details(programs, pools, few.T, limit - len(wrong))
+                if len(wrong) == limit:
+                    return wrong
+    return wrong
 
 
-def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 places"]) -> list[WrongPlace]:
+def _all_right(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 places"]) -> bool:
+    count = places.shape[1]
+    width = next(size for size in probe.PLACES_PER_CALL if size >= count)
+    if count < width:
+        room = np.empty((3, width), np.int32)
+        room[:, :count] = places
+        room[:, count:] = places[:, :1]
+        places = room
+    # `np.asarray` first: `any` on a JAX array is a program of its own.
+    return not np.asarray(programs.differing_bits(width)(pools, places)).any()
+
+
+def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 places"], limit: int) -> list[WrongPlace]:
     pages, offsets, kv_ids = places
-    found, scales = _fetch(programs, pools, pages, offsets, probe.DETAILS_PER_CALL)
+    found, scales = _fetch(programs, pools, pages, offsets)
     ids = kv_ids.view(np.uint32)[:, None, None, None, None]
     expected = words(ids, programs.model.salts, programs.model.dtype)
     if scales is not None:
@@ -59,14 +67,15 @@ def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 plac
         found = np.concatenate([found, scales[..., None]], axis=-1)
         expected = np.concatenate([expected, np.broadcast_to(one, (*scales.shape, 1))], axis=-1)
     wrong: list[WrongPlace] = []
-    for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1)).tolist():
+    for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1))[:limit].tolist():
         held, wanted = (tuple(array[place, layer, kind, head].tolist()) for array in (found, expected))
         wrong.append(WrongPlace(layer, KINDS[kind], head, int(pages[place]), int(offsets[place]), held, wanted))
     return wrong
 
 
-def _fetch(programs: Programs, pools: Pools, pages: Any, offsets: Any, width: int) -> tuple[Any, Any]:
-    """Raw words and scale bits of up to `width` places, as copies."""
+def _fetch(programs: Programs, pools: Pools, pages: Any, offsets: Any) -> tuple[Any, Any]:
+    """Raw words and scale bits of places, no more than PAGES_PER_CALL pages hold, as copies."""
+    width = probe.PAGES_PER_CALL * programs.model.cache.page_size
     found, scales = programs.place_words(width)(pools, padded(pages, width), padded(offsets, width))
     count = len(pages)
     return np.array(np.asarray(found)[:count]), None if scales is None else np.array(np.asarray(scales)[:count])

@@ -84,9 +84,9 @@ class Programs:
 
         return self._writing(("spoil_pages", how), spoil, num_results=0)
 
-    def wrong_places(self, width: int) -> Callable[..., Any]:
-        """(pools, packed places, count) -> (number of wrong ones, flags)."""
-        return self._program(("wrong_places", width), partial(probe.wrong_places, self.model))
+    def differing_bits(self, width: int) -> Callable[..., Any]:
+        """(pools, packed places) -> each head's differing bits."""
+        return self._program(("differing_bits", width), partial(probe.differing_bits, self.model))
 
     def place_words(self, width: int) -> Callable[..., Any]:
         """(pools, pages, offsets) -> (words, scales)."""

@@ -71,27 +71,29 @@ def poison_scale(how: Literal["nan", "big"]) -> np.float32:
 
 def check_plan(plan: StepPlan, cache: CacheSpec) -> None:
     """ValueError: a row names a page outside the pool, or reaches beyond the longest sequence; written is nothing."""
-    outside = (plan.table < 0) | (plan.table >= cache.num_pages)
-    if np.count_nonzero(outside):
+    # As an unsigned number a negative id is too large as well.
+    if plan.table.view(np.uint32).max(initial=0) >= cache.num_pages:
+        outside = (plan.table < 0) | (plan.table >= cache.num_pages)
         row = int(outside.any(axis=1).argmax())
         raise ValueError(
             f"step {plan.step}, request {plan.request[row]}: page ids must lie in 0..{cache.num_pages - 1}, "
             f"found {plan.table[row][outside[row]].tolist()[:8]}"
         )
-    beyond = plan.start + plan.count > cache.max_sequence_length
-    if np.count_nonzero(beyond):
-        row = int(beyond.argmax())
+    end = plan.start + plan.count
+    if end.max(initial=0) > cache.max_sequence_length:
+        row = int(end.argmax())
         raise ValueError(
             f"step {plan.step}, request {plan.request[row]}: positions {plan.start[row]} to "
-            f"{plan.start[row] + plan.count[row] - 1} are to be written, but max_sequence_length is "
-            f"{cache.max_sequence_length}"
+            f"{end[row] - 1} are to be written, but max_sequence_length is {cache.max_sequence_length}"
         )
 
 
 def check_places(pages: Ints, offsets: Ints, cache: CacheSpec) -> None:
     """ValueError: a place that is asked about lies outside the cache."""
-    outside = (pages < 0) | (pages >= cache.num_pages) | (offsets < 0) | (offsets >= cache.page_size)
-    if outside.any():
+    if len(pages) == 0:
+        return
+    if pages.view(np.uint32).max() >= cache.num_pages or offsets.view(np.uint32).max() >= cache.page_size:
+        outside = (pages < 0) | (pages >= cache.num_pages) | (offsets < 0) | (offsets >= cache.page_size)
         first = int(outside.argmax())
         raise ValueError(
             f"places must lie on pages 0..{cache.num_pages - 1} at offsets 0..{cache.page_size - 1}: "

@@ -14,6 +14,7 @@ from backends.registry import make_backend
 from invariants.auditor import AuditConfig, Auditor
 from invariants.violation import Violation
 from sim.backend_wrapper import RowsOnly
+from sim.cache_hash import cache_hash
 from sim.cores.protocol import CoreConfig, ServingCore
 from sim.cores.registry import core_factory
 from sim.cost_model import cost_model
@@ -119,9 +120,11 @@ def run(
             )
             ending = _simulate(Engine(parts, stop_at_first=scenario.invariants.stop == "first", progress=progress))
         described = dict(backend.describe())
+        cache_digest = None if ending.crash else cache_hash(backend, cache_spec(scenario))
     finally:
         backend.close()
     summary = _summary(scenario, parts, ending, described)
+    summary["cache_hash"] = cache_digest
     report = _report(scenario, parts, ending, summary, out)
     summary.update(clocks.figures())
     if out is not None:
@@ -184,18 +187,10 @@ def build_core(scenario: Scenario, mutant: Mutant | None = None) -> ServingCore:
     return mutant.core(built) if mutant is not None and mutant.core is not None else built
 
 
-def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
-    """The opened backend, with its planted bug.
-
-    BackendUnavailableError: it or its devices are not there. SetupError: it cannot hold such a cache.
-    """
+def cache_spec(scenario: Scenario) -> CacheSpec:
+    """The cache that the scenario asks for."""
     core, cache, settings = scenario.core, scenario.cache, scenario.backend
-    backend = make_backend(settings.kind)
-    if settings.road == "rows":
-        backend = RowsOnly(backend)
-    if mutant is not None and mutant.backend is not None:
-        backend = mutant.backend(backend)
-    spec = CacheSpec(
+    return CacheSpec(
         layers=cache.layers,
         kv_heads=cache.kv_heads,
         num_pages=cache.num_pages,
@@ -210,9 +205,22 @@ def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
         writer=settings.writer,
         quantize=cache.quantize,
     )
+
+
+def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
+    """The opened backend, with its planted bug.
+
+    BackendUnavailableError: it or its devices are not there. SetupError: it cannot hold such a cache.
+    """
+    settings = scenario.backend
+    backend = make_backend(settings.kind)
+    if settings.road == "rows":
+        backend = RowsOnly(backend)
+    if mutant is not None and mutant.backend is not None:
+        backend = mutant.backend(backend)
     model = ModelSpec(scenario.model.kind, scenario.model.vocab_size, scenario.model.lanes)
     try:
-        backend.open(spec, model, DeviceSpec(settings.platform, dict(settings.mesh.items())))
+        backend.open(cache_spec(scenario), model, DeviceSpec(settings.platform, dict(settings.mesh.items())))
     except ValueError as error:
         raise SetupError(f"backend: {error}") from error
     return backend

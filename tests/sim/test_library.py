@@ -51,7 +51,7 @@ REAL = """\
 schema: kvproof/v1
 name: {name}
 core: {{batch_size: 64, prefill_chunk: 512}}
-cache: {{page_size: 16, num_pages: 8192, max_sequence_length: 16384, layers: 2, kv_heads: 2, head_dim: 16, dtype: bfloat16}}
+cache: {{page_size: 16, num_pages: 8192, max_sequence_length: 16384, layers: 2, kv_heads: 2, head_dim: 16}}
 backend: {{kind: jax}}
 workload:
   arrivals: {{kind: trace, format: azure, path: {path}}}

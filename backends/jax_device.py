@@ -19,7 +19,7 @@ from backends.jax_probe import PAGES_PER_CALL
 from backends.jax_programs import programs_for
 from backends.jax_step import Pools
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
-from backends.words import check_places, check_plan
+from backends.words import check_plan
 from paged_attention.batch import ActiveSequenceBatch
 from paged_attention.model_io import ModelIOProcessor, ModelOutputBatch, feed_back
 from paged_attention.plan import UNKNOWN_TOKEN, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
@@ -160,10 +160,7 @@ class JaxBackend:
         self, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int = 8
     ) -> tuple[WrongPlace, ...]:
         """The first wrong places, by place, then layer, K before V, then head."""
-        check_places(pages, offsets, self._cache)
-        packed = np.empty((3, len(pages)), np.int32)
-        packed[0], packed[1], packed[2] = pages, offsets, kv_ids.view(np.int32)
-        return tuple(first_wrong(self._programs, self._pools, packed, limit))
+        return tuple(first_wrong(self._programs, self._pools, pages, offsets, kv_ids, limit))
 
     def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
         """Overwrite whole pages."""

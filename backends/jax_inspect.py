@@ -7,13 +7,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt32
 from numpy.typing import NDArray
 
 from backends import jax_probe as probe
 from backends.jax_programs import Programs
 from backends.jax_step import Pools
-from backends.words import KINDS, ONE_BITS
+from backends.words import KINDS, ONE_BITS, check_places
 from paged_attention.fingerprint import WORD_MASK, words
 from paged_attention.plan import Ints, WrongPlace
 
@@ -32,29 +32,33 @@ def page_words(programs: Programs, pools: Pools, pages: Ints) -> NDArray[np.unsi
 
 
 def first_wrong(
-    programs: Programs, pools: Pools, packed: Int32[np.ndarray, "3 places"], limit: int
+    programs: Programs, pools: Pools, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int
 ) -> list[WrongPlace]:
-    """The first wrong ones among places (page, offset, kv_id), by place, then layer, K before V, then head."""
+    """The first wrong ones among places, by place, then layer, K before V, then head.
+
+    ValueError: a place lies outside the cache.
+    """
     wrong: list[WrongPlace] = []
-    for part in parts(packed.T, probe.PLACES_PER_CALL[-1]):
-        if not _all_right(programs, pools, part.T):
-            for few in parts(part, probe.PAGES_PER_CALL * programs.model.cache.page_size):
+    for at in range(0, len(pages), probe.PLACES_PER_CALL[-1]):
+        part = slice(at, min(at + probe.PLACES_PER_CALL[-1], len(pages)))
+        count = part.stop - at
+        width = next(size for size in probe.PLACES_PER_CALL if size >= count)
+        packed = np.empty((3, width), np.int32)
+        packed[0, :count], packed[1, :count], packed[2, :count] = (
+            pages[part],
+            offsets[part],
+            kv_ids.view(np.int32)[part],
+        )
+        if count < width:
+            packed[:, count:] = packed[:, :1]
+        # A NumPy array or list of the few words costs a tenth of what `any` or `bool` of a JAX array does.
+        if any(np.asarray(programs.differing_bits(width)(pools, packed)).tolist()):
+            check_places(pages, offsets, programs.model.cache)
+            for few in parts(packed[:, :count].T, probe.PAGES_PER_CALL * programs.model.cache.page_size):
                 wrong += _details(programs, pools, few.T, limit - len(wrong))
                 if len(wrong) == limit:
                     return wrong
     return wrong
-
-
-def _all_right(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 places"]) -> bool:
-    count = places.shape[1]
-    width = next(size for size in probe.PLACES_PER_CALL if size >= count)
-    if count < width:
-        room = np.empty((3, width), np.int32)
-        room[:, :count] = places
-        room[:, count:] = places[:, :1]
-        places = room
-    # `np.asarray` first: `any` on a JAX array is a program of its own.
-    return not np.asarray(programs.differing_bits(width)(pools, places)).any()
 
 
 def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 places"], limit: int) -> list[WrongPlace]:

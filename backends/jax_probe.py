@@ -24,14 +24,17 @@ PAGES_PER_CALL = 64
 def differing_bits(model: ScriptedModel, pools: Pools, packed: Int32[Array, "3 places"]) -> UInt32[Array, " heads"]:
     """The bits in which any of these places (page, offset, kv_id) differs from what it should hold; 0: none is wrong.
 
-    Heads stay apart: they may be sharded.
+    A place outside the cache makes all bits differ. Heads stay apart: they may be sharded.
     """
     page, offset, identity = packed
+    inside = (page >= 0) & (page < model.cache.num_pages) & (offset >= 0) & (offset < model.cache.page_size)
+    outside = jnp.where(inside.all(), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
     identity = lax.bitcast_convert_type(identity, jnp.uint32)
     held, scales = _words_at(model, pools, page, offset)
     expected = words(identity[:, None, None, None, None], model.salts, model.dtype, jnp)
     # One `or` over all words costs two thirds of comparing and then asking for any.
-    wrong = lax.reduce(held ^ expected, np.zeros((), held.dtype), lax.bitwise_or, (0, 1, 2, 4)).astype(jnp.uint32)
+    wrong = lax.reduce(held ^ expected, np.zeros((), held.dtype), lax.bitwise_or, (0, 1, 2, 4))
+    wrong = wrong.astype(jnp.uint32) | outside
     if scales is None:
         return wrong
     expected_scales = jnp.where(identity == 0, 0, ONE_BITS).astype(jnp.uint32)[:, None, None, None]

@@ -177,11 +177,25 @@ def test_seed_25_under_jit_a_row_without_a_page_writes_nothing_at_all(page):
     assert np.array_equal(bits(written.value_pages), bits(view.value_pages))
 
 
-def test_a_table_too_short_for_a_token_is_refused_with_both_numbers():
+def test_seed_06_a_table_too_short_for_a_token_is_refused_with_both_numbers():
     view = PagedAttentionCacheView.init(None, np.float32, metadata(), 0)
     key, value = tokens(CHUNK, np.float32, np.random.default_rng(0))
     with pytest.raises(ValueError, match="2 entries has no place for a token on logical page 2"):
         view.write_prefill_to_cache(key, value, prefill(6, 12, [1, 2]))
+    with pytest.raises(ValueError, match="5 entries has no place for a token on logical page 5"):
+        view.write_decodes_to_cache(key[:1], value[:1], decodes([TABLE * PAGE], [[1, 2, 3, 4, 5]]))
+
+
+def test_seed_06_under_jit_a_token_beyond_the_table_is_written_nowhere():
+    random = np.random.default_rng(0)
+    view = dirty_view(mesh(), ml_dtypes.bfloat16, random)
+    key, value = tokens(CHUNK, ml_dtypes.bfloat16, random)
+    table, end = [1, 2, 3, 4, 5], TABLE * PAGE
+    written = write(view, "write_prefill_to_cache", key, value, prefill(end, end + CHUNK, table))
+    assert np.array_equal(bits(written.key_pages), bits(view.key_pages))
+    step = decodes([end, end + 1, -1], [table] * SLOTS)
+    written = write(view, "write_decodes_to_cache", key[:SLOTS], value[:SLOTS], step)
+    assert np.array_equal(bits(written.key_pages), bits(view.key_pages))
 
 
 def test_seed_28_the_old_view_stays_as_it_was_and_a_donated_one_is_written_in_place():
@@ -192,6 +206,10 @@ def test_seed_28_the_old_view_stays_as_it_was_and_a_donated_one_is_written_in_pl
         view = dirty_view(where, ml_dtypes.bfloat16, random)
         before = bits(view.key_pages).copy()
         written = write(view, "write_decodes_to_cache", key, value, meta)
+        assert np.array_equal(bits(view.key_pages), before)
+        assert not np.array_equal(bits(written.key_pages), before)
+        chunk = tokens(CHUNK, ml_dtypes.bfloat16, random)
+        written = write(view, "write_prefill_to_cache", *chunk, prefill(1, 5, range(1, 1 + TABLE)))
         assert np.array_equal(bits(view.key_pages), before)
         assert not np.array_equal(bits(written.key_pages), before)
     step = compiled("write_decodes_to_cache", donate=True)

@@ -33,7 +33,7 @@ def test_a_prompt_takes_the_pages_that_hold_it_and_no_more(length: int, page_siz
     assert (taken - 1) * page_size < length
 
 
-def test_the_dummy_page_is_never_handed_out_and_ignored_when_freed():
+def test_seed_19_the_dummy_page_is_never_handed_out_and_ignored_when_freed():
     pages = manager(num_pages=4)
     assert pages.current_page_index == 0
     assert pages.alloc_hbm_pages(3) == [1, 2, 3]
@@ -65,8 +65,9 @@ def test_seed_30_pages_come_back_in_the_order_in_which_they_were_freed(sizes: li
     pages = manager(num_pages=8)
     expected = list(range(1, 8))
     held: list[list[int]] = []
-    for size in sizes:
-        taken = pages.alloc_hbm_pages(size)
+    for nth, size in enumerate(sizes):
+        # A prompt of size pages, every other time.
+        taken = pages.alloc_prefill_hbm_pages(4 * size - nth % 4) if nth % 2 else pages.alloc_hbm_pages(size)
         if size <= len(expected):
             assert taken == expected[:size]
             expected = expected[size:]

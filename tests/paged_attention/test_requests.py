@@ -60,13 +60,29 @@ def test_seed_26_create_wants_room_for_one_longest_sequence_and_the_dummy():
         PagedAttentionCacheMetaData.create(None, **SIZES, hbm_utilization=1.0, num_pages=5)
 
 
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -1])
+def test_seed_26_create_refuses_sizes_that_are_not_positive(name: str, value: int):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer: found {value}"):
+        PagedAttentionCacheMetaData.create(None, **(SIZES | {name: value}), hbm_utilization=1.0, num_pages=9)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5])
+def test_seed_26_a_budget_must_be_a_positive_number_of_bytes(budget: float):
+    with pytest.raises(ValueError, match="memory_budget_bytes must be a positive integer"):
+        PagedAttentionCacheMetaData.create(None, **SIZES, hbm_utilization=1.0, memory_budget_bytes=budget)
+
+
 def test_seed_26_a_platform_without_memory_statistics_asks_for_a_budget():
     with pytest.raises(ValueError, match="num_pages or memory_budget_bytes"):
         PagedAttentionCacheMetaData.create(None, **SIZES, hbm_utilization=1.0)
+    mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("tp",))
+    with pytest.raises(ValueError, match="'cpu' reports no memory; give num_pages or memory_budget_bytes"):
+        PagedAttentionCacheMetaData.create(mesh, **SIZES, hbm_utilization=1.0)
 
 
 @given(st.integers(1, 1 << 24), st.sampled_from([0.25, 0.5, 1.0]))
-def test_a_budget_gives_as_many_whole_pages_of_k_and_v_as_fit(budget: int, share: float):
+def test_seed_26_a_budget_gives_as_many_whole_pages_of_k_and_v_as_fit(budget: int, share: float):
     page_bytes = 4 * 4 * 8 * 2 * 2  # page_size, heads, head_dim, bytes of bfloat16, K and V
     fits = int(budget * share) // (3 * page_bytes)
     if fits < 6:

@@ -261,10 +261,20 @@ def test_another_seed_or_policy_gives_another_trace() -> None:
     assert len(hashes) == 5
 
 
-def test_request_seeds_depend_on_scenario_seed_and_id_alone() -> None:
+def test_seed_31_request_seeds_depend_on_scenario_seed_and_id_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.arange(2000)
     seeds = request_seeds(7, ids)
     assert len(set(seeds.tolist())) == 2000
     assert request_seeds(7, ids[500:510]).tolist() == seeds[500:510].tolist()
     assert not np.any(request_seeds(8, ids) == seeds)
     assert not np.any(request_seeds(7 + 2**32, ids) == seeds)
+    made: list[int] = []
+    submit = PagedAttentionEngine.submit
+
+    def noted(engine: PagedAttentionEngine, request: Any) -> Any:
+        made.append(request.seed)
+        return submit(engine, request)
+
+    monkeypatch.setattr(PagedAttentionEngine, "submit", noted)
+    run(planned_only(seed=7))
+    assert made == seeds[:50].tolist()

@@ -20,10 +20,10 @@ from backends.jax_programs import programs_for
 from backends.jax_step import Pools
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
 from backends.words import check_plan
-from paged_attention.batch import ActiveSequenceBatch
-from paged_attention.model_io import ModelIOProcessor, ModelOutputBatch, feed_back
-from paged_attention.plan import UNKNOWN_TOKEN, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
+from paged_attention.model_io import ModelOutputBatch, batch_of
+from paged_attention.plan import Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
 from paged_attention.requests import NextIterationPlan
+from paged_attention.step_news import pack
 
 Road = Literal["auto", "rows"]
 
@@ -38,13 +38,15 @@ class DispatchedStep:
 
     def result(self) -> StepOutcome:
         """Wait for the device and return what the step yielded."""
-        token = np.full(self.num_rows, UNKNOWN_TOKEN, np.int32)
-        eos = np.zeros(self.num_rows, np.int32)
-        for rows, places, yielded in self.parts:
-            token[rows], eos[rows] = np.asarray(yielded)[:, places]
-        token.setflags(write=False)
-        eos.setflags(write=False)
-        return StepOutcome(self.step, token, eos)
+        rows, places, yielded = self.parts[0]
+        if rows is roads.EVERY_ROW:
+            found = np.asarray(yielded)[:, places]
+        else:
+            found = np.empty((2, self.num_rows), np.int32)
+            for rows, places, yielded in self.parts:
+                found[:, rows] = np.asarray(yielded)[:, places]
+        found.setflags(write=False)
+        return StepOutcome(self.step, found[0], found[1])
 
 
 class JaxBackend:
@@ -73,7 +75,7 @@ class JaxBackend:
         # Programs don't depend on how far the device runs ahead.
         self._programs = programs_for(replace(cache, lag=0), model, devices.platform, tuple(devices.mesh.items()))
         self._pools: Pools = self._programs.new_pools()
-        self._batch = ActiveSequenceBatch.create(self._programs.model.metadata, self._programs.mesh)
+        self._state = self._programs.new_state()
         self._prefill_outputs: OrderedDict[int, tuple[str | int, ModelOutputBatch]] = OrderedDict()
         self._last_rows: tuple[StepPlan, ModelRows] | None = None
 
@@ -88,23 +90,21 @@ class JaxBackend:
 
     def _execute_native(self, plan: StepPlan, rows: ModelRows, native: NextIterationPlan) -> DispatchedStep:
         self._last_rows = None
-        model_input = ModelIOProcessor.build_input(
-            native,
-            self._programs.model.metadata,
-            self._batch,
-            prefill_outputs=dict(self._prefill_outputs.values()),
+        news = pack(native, self._programs.model.metadata, dict(self._prefill_outputs.values()))
+        facts = roads.pack_facts(plan, rows, self._cache.batch_size if native.schedule_decodes else 0)
+        step = self._programs.native_step(news.shape)
+        self._pools, self._state, prefill_output, yielded = step(
+            self._pools, self._state, news.packed, news.held, facts
         )
-        num_slots = self._cache.batch_size if native.schedule_decodes else 0
-        step = self._programs.native_step(model_input.attn_meta.prefill_position.size, num_slots)
-        self._pools, output, yielded = step(self._pools, model_input, roads.pack_facts(plan, rows, num_slots))
-        feed_back(self._batch, output)
-        self._keep_prefill_output(plan, native, output)
-        return DispatchedStep(plan.step, plan.num_rows, ((slice(None), roads.device_rows(plan), yielded),))
+        self._keep_prefill_output(plan, native, prefill_output)
+        return DispatchedStep(plan.step, plan.num_rows, ((roads.EVERY_ROW, roads.device_rows(plan), yielded),))
 
-    def _keep_prefill_output(self, plan: StepPlan, native: NextIterationPlan, output: ModelOutputBatch) -> None:
+    def _keep_prefill_output(self, plan: StepPlan, native: NextIterationPlan, output: tuple[Any, Any]) -> None:
         """Keep what a prefill yielded for as long as the host may not have seen it when the sequence joins."""
         if native.schedule_prefill and plan.samples[0] and native.prefill_request.id is not None:
-            self._prefill_outputs[plan.step] = (native.prefill_request.id, output)
+            token, position = output
+            kept = ModelOutputBatch.init_empty().replace(prefill_token_id=token, prefill_next_position=position)
+            self._prefill_outputs[plan.step] = (native.prefill_request.id, kept)
         while self._prefill_outputs and next(iter(self._prefill_outputs)) < plan.step - self._cache.lag - 1:
             self._prefill_outputs.popitem(last=False)
 
@@ -112,24 +112,21 @@ class JaxBackend:
 
     def _execute_rows(self, plan: StepPlan, rows: ModelRows) -> DispatchedStep:
         self._last_rows = (plan, rows)
-        is_decode = (plan.slot >= 0) & (plan.count == 1)
-        decodes, prefills = np.flatnonzero(is_decode), np.flatnonzero(~is_decode)
-        groups = [prefills[at : at + 1] for at in range(len(prefills))] or [prefills]
-        results: list[tuple[Any, Any, Any]] = []
-        for nth, prefill in enumerate(groups):
-            # All decode rows run with the last prefill row.
-            group = np.concatenate([prefill, decodes]) if nth == len(groups) - 1 else prefill
-            results.append((group, slice(len(group)), self._rows_step(plan, rows, group, len(prefill))))
+        results = [
+            (chosen, slice(num_rows), self._rows_step(plan, rows, chosen, num_rows, chunk_tokens))
+            for chosen, num_rows, chunk_tokens in roads.groups(plan)
+        ]
         return DispatchedStep(plan.step, plan.num_rows, tuple(results))
 
-    def _rows_step(self, plan: StepPlan, rows: ModelRows, group: Any, num_prefills: int) -> Any:
-        num_decodes, chunk = len(group) - num_prefills, self._cache.prefill_chunk
+    def _rows_step(self, plan: StepPlan, rows: ModelRows, chosen: Any, num_rows: int, chunk_tokens: int) -> Any:
+        num_prefills = int(chunk_tokens > 0)
+        num_decodes, chunk = num_rows - num_prefills, self._cache.prefill_chunk
         # A foreign core's prefill row may be longer than a chunk.
-        chunk_rows = -(-int(plan.count[group[0]]) // chunk) * chunk if num_prefills else 0
+        chunk_rows = -(-chunk_tokens // chunk) * chunk
         bucket = next((size for size in self._programs.decode_buckets if size >= num_decodes), num_decodes)
         num_pages = self._programs.model.metadata.num_pages_per_sequence
-        packed = roads.pack_rows(plan, rows, group, num_prefills + bucket, num_pages)
-        self._pools, yielded = self._programs.rows_step(chunk_rows, bucket)(self._pools, packed)
+        packed = roads.pack_rows(plan, rows, chosen, num_prefills + bucket * (num_decodes > 0), num_pages)
+        self._pools, yielded = self._programs.rows_step(chunk_rows, packed.shape[0])(self._pools, packed)
         return yielded
 
     # What lies on the device.
@@ -145,7 +142,8 @@ class JaxBackend:
 
     def _slot_state(self) -> tuple[Any, Any]:
         if self._last_rows is None:
-            return np.array(self._batch.positions), np.array(self._batch.page_table)
+            batch = batch_of(self._state)
+            return np.array(batch.positions), np.array(batch.page_table)
         plan, rows = self._last_rows
         positions = np.full(self._cache.batch_size, -1, np.int32)
         table = np.zeros((self._cache.batch_size, self._programs.model.metadata.num_pages_per_sequence), np.int32)

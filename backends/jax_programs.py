@@ -18,10 +18,13 @@ from backends.jax_devices import make_mesh
 from backends.jax_step import Pools, ScriptedModel
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
 from paged_attention import pytree
+from paged_attention.batch import ActiveSequenceBatch
 from paged_attention.cache import PagedAttentionCache, data_movement_options, page_sharding
 from paged_attention.layout import LAYOUTS
 from paged_attention.metadata import PagedAttentionCacheMetaData
+from paged_attention.model_io import State, state_of
 from paged_attention.quantize import Int8PerTokenHead
+from paged_attention.step_news import StepShape
 
 READER_TILE_PAGES = {"cpu": 256}
 """Pages that the reader reads at once; 4096 on accelerators, where a loop's turns cost more."""
@@ -59,22 +62,27 @@ class Programs:
         # Whole, half and quarter batches: a wide page table costs more to hand over than a program to compile.
         halves = [cache.batch_size // part for part in (4, 2) if cache.batch_size // part >= 16]
         self.decode_buckets = [*halves, cache.batch_size]
-        self._made: dict[tuple[Any, ...], Any] = {}
+        self._made: dict[Any, Any] = {}
         self.num_compiled = 0
 
     def new_pools(self) -> Pools:
         """The arrays of a cache of zeros."""
         return tuple(jax.tree.leaves(self._new_cache()))
 
-    def native_step(self, chunk_rows: int, num_slots: int) -> Callable[..., Any]:
-        """(pools, model_input, facts) -> (pools, output, yielded); keyed on the sizes of the input's two parts."""
-        key = ("native_step", chunk_rows, num_slots)
-        return self._writing(key, partial(roads.native_step, self.model), num_results=2)
+    def new_state(self) -> State:
+        """The arrays of a device batch of free slots."""
+        return state_of(ActiveSequenceBatch.create(self._metadata, self.mesh))
 
-    def rows_step(self, chunk_rows: int, num_decodes: int) -> Callable[..., Any]:
+    def native_step(self, shape: StepShape) -> Callable[..., Any]:
+        """(pools, state, packed, held, facts) -> (pools, state, prefill output, yielded); also donates the state."""
+        return self._made.get(shape) or self._writing(
+            shape, partial(roads.native_step, self.model, shape), num_results=3, donate=(0, 1)
+        )
+
+    def rows_step(self, chunk_rows: int, num_packed: int) -> Callable[..., Any]:
         """(pools, packed rows) -> (pools, yielded)."""
-        key = ("rows_step", chunk_rows, num_decodes)
-        return self._writing(key, partial(roads.rows_step, self.model, chunk_rows), num_results=1)
+        key = (chunk_rows, num_packed)
+        return self._made.get(key) or self._writing(key, partial(roads.rows_step, self.model, chunk_rows), 1)
 
     def spoil_pages(self, how: Literal["nan", "big"]) -> Callable[..., Any]:
         """(pools, page ids) -> (pools,)."""
@@ -86,7 +94,8 @@ class Programs:
 
     def differing_bits(self, width: int) -> Callable[..., Any]:
         """(pools, packed places) -> each head's differing bits."""
-        return self._program(("differing_bits", width), partial(probe.differing_bits, self.model))
+        key = ("differing_bits", width)
+        return self._made.get(key) or self._program(key, partial(probe.differing_bits, self.model))
 
     def place_words(self, width: int) -> Callable[..., Any]:
         """(pools, pages, offsets) -> (words, scales)."""
@@ -98,11 +107,11 @@ class Programs:
             self.mesh, self._cache.dtype, self._metadata, self._heads, quantizer, layout=self._layout
         )
 
-    def _writing(self, key: tuple[Any, ...], body: Callable[..., Any], num_results: int) -> Any:
+    def _writing(self, key: Any, body: Callable[..., Any], num_results: int, donate: tuple[int, ...] = (0,)) -> Any:
         shardings = (self._pool_shardings, *[self._replicated] * num_results)
-        return self._program(key, body, donate_argnums=0, out_shardings=shardings)
+        return self._program(key, body, donate_argnums=donate, out_shardings=shardings)
 
-    def _program(self, key: tuple[Any, ...], body: Callable[..., Any], **jit_options: Any) -> Any:
+    def _program(self, key: Any, body: Callable[..., Any], **jit_options: Any) -> Any:
         if key not in self._made:
 
             def counted(*args: Any) -> Any:

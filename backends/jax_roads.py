@@ -1,14 +1,17 @@
 """The two roads to a step on the device: the core's own, through `ModelIOProcessor`, and the neutral rows of a plan.
 
-    native   NextIterationPlan --build_input--> ModelInputBatch --step--> ModelOutputBatch --fed back--> device batch
+    native   NextIterationPlan --pack--> [device batch --merge_news--> ModelInputBatch --step--> ModelOutputBatch
+             --fed back--> device batch]; pack and merge_news are the two halves of `ModelIOProcessor.build_input`
     rows     StepPlan's rows, packed on the host --step--> what they yield; nothing but the pages stays on the device
 
-Each function here is the body of one compiled program; the host's part is the packing.
+The steps here are the bodies of one compiled program each; the host's part is the packing.
 """
 
 # JAX's own annotations are incomplete.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +19,19 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from backends.jax_step import Pools, RowFacts, ScriptedModel
-from backends.scripted import dead_rows
-from paged_attention.model_io import ModelInputBatch, ModelIOProcessor, ModelOutputBatch, PagedAttentionMetadata
+from paged_attention.model_io import (
+    ModelIOProcessor,
+    PagedAttentionMetadata,
+    State,
+    batch_of,
+    feed_back,
+    merge_news,
+    state_of,
+)
 from paged_attention.plan import ModelRows, StepPlan
+from paged_attention.step_news import StepShape
+
+EVERY_ROW = slice(None)
 
 # The columns of a packed row, before its page table.
 _POSITION, _COUNT, _BASE, _SEED, _EOS, _SAMPLES, _TABLE = range(7)
@@ -26,11 +39,12 @@ _POSITION, _COUNT, _BASE, _SEED, _EOS, _SAMPLES, _TABLE = range(7)
 
 def pack_facts(plan: StepPlan, rows: ModelRows, num_slots: int) -> Int32[np.ndarray, "3 device_rows"]:
     """What the scripted model knows of [prefill][slots], for the native road; num_slots is 0 without decodes."""
-    facts = np.full((3, int(plan.slot[0] < 0) + num_slots), -1, np.int32)
+    facts = np.empty((3, int(plan.slot[0] < 0) + num_slots), np.int32)
+    # A slot without a sequence has position -1: it yields nothing, whatever is said of it here.
+    facts.fill(-1)
     at = device_rows(plan)
     facts[0, at] = rows.kv_base.view(np.int32)
     facts[1, at] = rows.eos_position
-    facts[2] = 1
     facts[2, at] = plan.samples
     return facts
 
@@ -41,25 +55,51 @@ def device_rows(plan: StepPlan) -> Int32[np.ndarray, " rows"]:
 
 
 def native_step(
-    model: ScriptedModel, pools: Pools, model_input: ModelInputBatch, facts: Int32[Array, "3 device_rows"]
-) -> tuple[Pools, ModelOutputBatch, Int32[Array, "2 device_rows"]]:
-    """One step on what `build_input` made; the seeds are those that lie on the device."""
+    model: ScriptedModel,
+    shape: StepShape,
+    pools: Pools,
+    state: State,
+    packed: Int32[Array, " words"],
+    held: Any,
+    facts: Int32[Array, "3 device_rows"],
+) -> tuple[Pools, State, tuple[Any, Any], Int32[Array, "2 device_rows"]]:
+    """`build_input` (its part on the device), one step on what it made, and the output fed back.
+
+    The seeds are those that lie on the device. Also returned: the token and the next position of the prefill.
+    """
+    batch = batch_of(state)
+    model_input = merge_news(shape, packed, held, batch)
     meta, params = model_input.attn_meta, model_input.sampling_params
     seed = jnp.atleast_1d(params.seed).astype(jnp.uint32)
     base = lax.bitcast_convert_type(facts[0], jnp.uint32)
     pools, sampled = model.step(pools, meta, RowFacts(base, seed, facts[1], facts[2] != 0))
     output = ModelIOProcessor.prepare_model_output(sampled.token, sampled.complete, meta, params)
-    return pools, output, jnp.stack([sampled.token, sampled.complete.astype(jnp.int32)])
+    feed_back(batch, output)
+    prefill = jnp.asarray(output.prefill_token_id), jnp.asarray(output.prefill_next_position)
+    return pools, state_of(batch), prefill, jnp.stack([sampled.token, sampled.complete.astype(jnp.int32)])
+
+
+def groups(plan: StepPlan) -> list[tuple[Any, int, int]]:
+    """Rows that run in one call each, prefill first: (which rows, how many, tokens of the prefill or 0)."""
+    prefills = np.flatnonzero((plan.slot < 0) | (plan.count != 1))
+    if len(prefills) == 0 or (len(prefills) == 1 and prefills[0] == 0):
+        return [(EVERY_ROW, plan.num_rows, int(plan.count[0]) if len(prefills) else 0)]
+    decodes = np.flatnonzero((plan.slot >= 0) & (plan.count == 1))
+    alone = [prefills[at : at + 1] for at in range(len(prefills))]
+    # All decode rows run with the last prefill row.
+    alone[-1] = np.concatenate([alone[-1], decodes])
+    return [(rows, len(rows), int(plan.count[rows[0]])) for rows in alone]
 
 
 def pack_rows(
-    plan: StepPlan, rows: ModelRows, chosen: Int32[np.ndarray, " n"], num_packed: int, num_pages: int
+    plan: StepPlan, rows: ModelRows, chosen: Any, num_packed: int, num_pages: int
 ) -> Int32[np.ndarray, "packed columns"]:
-    """The chosen rows of a plan, padded to num_packed; a padding row and a dead one write and yield nothing."""
+    """The chosen rows of a plan, padded to num_packed; a padding row writes and yields nothing."""
     packed = np.zeros((num_packed, _TABLE + num_pages), np.int32)
-    packed[:, _POSITION] = -1
-    used = packed[: len(chosen)]
-    used[:, _POSITION] = plan.start[chosen]
+    start = plan.start[chosen]
+    count = len(start)
+    used = packed[:count]
+    used[:, _POSITION] = start
     used[:, _COUNT] = plan.count[chosen]
     used[:, _BASE] = rows.kv_base.view(np.int32)[chosen]
     used[:, _SEED] = rows.token_seed.view(np.int32)[chosen]
@@ -67,29 +107,30 @@ def pack_rows(
     used[:, _SAMPLES] = plan.samples[chosen]
     width = min(plan.table.shape[1], num_pages)
     used[:, _TABLE : _TABLE + width] = plan.table[chosen, :width]
-    dead = dead_rows(plan, rows)[chosen]
-    if np.count_nonzero(dead):
-        used[dead, _POSITION], used[dead, _COUNT] = -1, 0
+    packed[count:, _POSITION] = -1
     return packed
 
 
 def rows_step(
     model: ScriptedModel, num_chunk_rows: int, pools: Pools, packed: Int32[Array, "packed columns"]
 ) -> tuple[Pools, Int32[Array, "2 packed"]]:
-    """One step on packed rows: a prefill row first where num_chunk_rows is not 0, all others decodes."""
+    """One step on packed rows: a prefill row first where num_chunk_rows is not 0, all others decodes.
+
+    A dead row, whose EOS stands at or before its first position, is as good as padding.
+    """
+    eos = packed[:, _EOS]
+    dead = (eos >= 0) & (packed[:, _POSITION] >= eos)
+    position, count = jnp.where(dead, -1, packed[:, _POSITION]), jnp.where(dead, 0, packed[:, _COUNT])
+    first_decode = int(num_chunk_rows > 0)
     meta = PagedAttentionMetadata.init_empty()
-    decodes = packed
     if num_chunk_rows:
-        first, decodes = packed[0], packed[1:]
-        start = first[_POSITION]
         meta = meta.replace(
-            prefill_length=start + first[_COUNT],
-            prefill_position=start + jnp.arange(num_chunk_rows, dtype=jnp.int32),
-            prefill_page_table=first[_TABLE:],
+            prefill_length=position[0] + count[0],
+            prefill_position=position[0] + jnp.arange(num_chunk_rows, dtype=jnp.int32),
+            prefill_page_table=packed[0, _TABLE:],
         )
-    if decodes.shape[0]:
-        meta = meta.replace(decodes_position=decodes[:, _POSITION], decodes_page_table=decodes[:, _TABLE:])
+    if packed.shape[0] > first_decode:
+        meta = meta.replace(decodes_position=position[first_decode:], decodes_page_table=packed[first_decode:, _TABLE:])
     base, seed = (lax.bitcast_convert_type(packed[:, column], jnp.uint32) for column in (_BASE, _SEED))
-    facts = RowFacts(base, seed, packed[:, _EOS], packed[:, _SAMPLES] != 0)
-    pools, sampled = model.step(pools, meta, facts)
+    pools, sampled = model.step(pools, meta, RowFacts(base, seed, eos, packed[:, _SAMPLES] != 0))
     return pools, jnp.stack([sampled.token, sampled.complete.astype(jnp.int32)])

@@ -36,9 +36,13 @@ __all__ = [
     "ModelOutputBatch",
     "ModelOutputSummary",
     "PagedAttentionMetadata",
+    "State",
+    "batch_of",
     "feed_back",
+    "merge_news",
     "sampled_positions",
     "sampled_rows",
+    "state_of",
 ]
 
 
@@ -69,10 +73,7 @@ class ModelIOProcessor:
         """
         news = pack(iteration_plan, metadata, prefill_outputs or {})
         merge = _compiled_merge() if is_jax_array(decodes_state.page_table) else _merge
-        state, chunk = merge(news.shape, news.packed, _state_of(decodes_state), news.held)
-        decodes_state.token_ids, decodes_state.positions, decodes_state.page_table, *params = state
-        decodes_state.sampling_params = SamplingParams(*params)
-        return _input_of(news.shape.has_decodes, decodes_state, chunk)
+        return merge_news(news.shape, news.packed, news.held, decodes_state, merge)
 
     @staticmethod
     def prepare_model_input(
@@ -182,6 +183,27 @@ def sampled_positions(attn_meta: PagedAttentionMetadata) -> Int32[Array, " sampl
     return xp.concatenate(positions or [xp.zeros(0, xp.int32)])
 
 
+State = tuple[Any, ...]
+"""The arrays of a decode batch: token_ids, positions, page_table, and those of the sampling parameters."""
+
+
+def merge_news(
+    shape: StepShape,
+    packed: Any,
+    held: Any,
+    decodes_state: ActiveSequenceBatch,
+    merge: Callable[..., Any] | None = None,
+) -> ModelInputBatch:
+    """The second half of `build_input`: from what `step_news.pack` made, also within a compiled program.
+
+    `decodes_state` gets new arrays.
+    """
+    state, chunk = (merge or _merge)(shape, packed, state_of(decodes_state), held)
+    decodes_state.token_ids, decodes_state.positions, decodes_state.page_table, *params = state
+    decodes_state.sampling_params = SamplingParams(*params)
+    return _input_of(shape.has_decodes, decodes_state, chunk)
+
+
 @functools.cache
 def _compiled_merge() -> Callable[..., Any]:
     import jax
@@ -198,11 +220,11 @@ def _merge(shape: StepShape, packed: Any, state: tuple[Any, ...], held: Any) -> 
     compiled program returns twice is copied.
     """
     news = shape.unpack(packed)
-    batch = _released(_batch_of(state), news["released"])
+    batch = _released(batch_of(state), news["released"])
     update = _with_held(update_batch(news), news["held_rows"], held)
     new = batch.insert_decode_state(news["insert_slots"], update)
     if not shape.chunk_size:
-        return _state_of(new), ()
+        return state_of(new), ()
     prefill = _chunk_request(news)
     input_ids, _, positions, meta = ModelIOProcessor.prepare_model_input(
         PagedAttentionMetadata.init_empty(),
@@ -215,7 +237,7 @@ def _merge(shape: StepShape, packed: Any, state: tuple[Any, ...], held: Any) -> 
     )
     params = _joined([prefill.sampling_params] + [new.sampling_params] * shape.has_decodes)
     chunk = (input_ids, positions, meta.prefill_length, meta.prefill_position, meta.prefill_page_table)
-    return _state_of(new), (*chunk, *params)
+    return state_of(new), (*chunk, *params)
 
 
 def _input_of(has_decodes: bool, batch: ActiveSequenceBatch, chunk: tuple[Any, ...]) -> ModelInputBatch:
@@ -233,12 +255,14 @@ def _input_of(has_decodes: bool, batch: ActiveSequenceBatch, chunk: tuple[Any, .
     return ModelInputBatch(tokens[:0], batch.positions[:0], meta, SamplingParams.init_empty())
 
 
-def _state_of(batch: ActiveSequenceBatch) -> tuple[Any, ...]:
+def state_of(batch: ActiveSequenceBatch) -> State:
+    """The arrays of a batch, without its names and lists."""
     params = batch.sampling_params
     return (batch.token_ids, batch.positions, batch.page_table, *(getattr(params, name) for name in SAMPLING))
 
 
-def _batch_of(state: tuple[Any, ...]) -> ActiveSequenceBatch:
+def batch_of(state: State) -> ActiveSequenceBatch:
+    """A batch over these arrays that knows no requests."""
     token_ids, positions, page_table, *params = state
     return ActiveSequenceBatch(token_ids, positions, page_table, SamplingParams(*params), None, None, None)
 

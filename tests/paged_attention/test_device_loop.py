@@ -137,7 +137,7 @@ def requests(seed: int, same_prompt: bool = False) -> list[Request]:
 @pytest.mark.parametrize("lag", [0, 1, 2])
 @pytest.mark.parametrize("mix", ["mixed", "prefill_first", "decode_first"])
 @pytest.mark.parametrize("num_pages", [8, 40])
-def test_seed_02_05_08_10_17_18_under_load_every_request_yields_what_it_yields_alone(
+def test_seed_02_03_05_08_10_17_18_under_load_every_request_yields_what_it_yields_alone(
     lag: int, mix: str, num_pages: int
 ):
     loop = Loop(lag, num_pages=num_pages, max_sequences=14, prefill_chunk=3, mix=mix)

@@ -169,16 +169,27 @@ def scheduler_state(engine) -> list[object]:
     ]
 
 
-def test_seed_15_a_plan_that_raises_leaves_queues_slots_pages_and_tasks_as_they_were():
+@pytest.mark.parametrize(
+    ("prompts", "num_free", "queues"),
+    [((2, 2, 1, 1), 0, [[0, 1], [2], [3]]), ((2, 3, 4), 1, [[0, 1], [], [2]])],
+    ids=["a queued decode", "a page too few"],
+)
+def test_seed_15_a_plan_that_raises_leaves_queues_slots_pages_and_tasks_as_they_were(
+    prompts: tuple[int, ...], num_free: int, queues: list[list[int]]
+):
     world = World(make_engine(batch_size=4, num_pages=6, page_size=2, preemption="none"))
-    world.submit(*(make_request(i, prompt=2 - i // 2, max_tokens=6) for i in range(4)))
+    world.submit(*(make_request(i, prompt, max_tokens=6) for i, prompt in enumerate(prompts)))
     for _ in range(3):
         world.step()
-    with pytest.raises(NotImplementedError):
-        world.plan()
-    before = scheduler_state(world.engine)
-    queues = world.engine.snapshot().queues
-    assert [queues[name].tolist() for name in ("running", "joining", "waiting")] == [[0, 1], [2], [3]]
+    for _ in range(2):
+        free = world.engine.books.manager.free_pages
+        with pytest.raises(NotImplementedError):
+            world.plan()
+        assert world.engine.books.manager.free_pages == free
+    assert len(free) == num_free
+    before, found = scheduler_state(world.engine), world.engine.snapshot().queues
+    assert [found[name].tolist() for name in ("running", "joining", "waiting")] == queues
+    assert [task.id for task in world.engine.books.scheduler.decodes_queue] == queues[1]
     with pytest.raises(NotImplementedError):
         world.plan()
     assert scheduler_state(world.engine) == before
@@ -358,9 +369,9 @@ def test_an_outcome_out_of_order_or_of_the_wrong_size_is_refused(step: int):
         world.engine.apply(StepOutcome(0, np.zeros(2, np.int32), np.zeros(2, np.int32)))
 
 
-@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("lost_plans", [0, 1, 2])
 @pytest.mark.parametrize(("mix", "max_wait"), [("prefill_first", 0), ("prefill_first", 2), ("decode_first", 2)])
-def test_seed_23_neither_side_waits_longer_than_the_bound(mix: str, max_wait: int, failing: bool):
+def test_seed_23_neither_side_waits_longer_than_the_bound(mix: str, max_wait: int, lost_plans: int):
     engine = make_engine(
         batch_size=4, num_pages=60, mix=mix, max_decode_wait=max_wait, max_prefill_wait=max_wait, prefill_chunk=2
     )
@@ -369,8 +380,9 @@ def test_seed_23_neither_side_waits_longer_than_the_bound(mix: str, max_wait: in
     waited, most = 0, 0
     for _ in range(400):
         had_decodes = bool((engine.batch.positions >= 0).any())
-        if failing and (lost := engine.plan()) is not None:
-            engine.abandon(lost.step)
+        for _ in range(lost_plans):
+            if (lost := engine.plan()) is not None:
+                engine.abandon(lost.step)
         plan = world.plan()
         if plan is None:
             break

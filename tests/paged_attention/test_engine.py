@@ -469,13 +469,13 @@ def told(plan) -> list[object]:
     native = plan.native
     return [
         [list(task.page_indices) for task in native.new_decodes_requests],
-        native.prefill_request.page_indices.tolist(),
+        (native.prefill_request.chunk_idx, native.prefill_request.page_indices.tolist()),
     ]
 
 
 def test_seed_28_a_sequences_pages_are_no_list_that_plans_and_snapshots_share():
-    world = World(make_engine(num_pages=30))
-    world.submit(*(make_request(i, prompt=3, max_tokens=7) for i in range(3)))
+    world = World(make_engine(num_pages=30, prefill_chunk=2))
+    world.submit(*(make_request(i, prompt=5, max_tokens=7) for i in range(3)))
     kept = []
     while world.step():
         snapshot = world.engine.snapshot()

@@ -74,6 +74,14 @@ def test_seed_01_a_second_chunk_in_the_middle_of_a_page_keeps_the_first(make):
     assert not backend.evidence(ints(), untouched).keys.any()
 
 
+@pytest.mark.parametrize("chunk", [6, 3])
+def test_seed_11_prefill_rows_of_several_sizes_in_one_process_are_each_written_whole(chunk):
+    backend = opened(JaxBackend(), cache_spec(prefill_chunk=chunk))
+    for step, (count, pages) in enumerate([(3, [7]), (13, [2, 9, 4, 1]), (6, [5, 3])]):
+        backend.execute(*one_row(0, count, pages, slot=-1, step=step))
+        assert backend.verify(*expected_places(range(count), pages)) == ()
+
+
 @WITH_A_CACHE
 def test_seed_05_after_an_eos_on_the_device_later_rows_write_and_yield_nothing(make):
     backend = opened(make(), cache_spec(lag=2))

@@ -238,7 +238,7 @@ def test_seed_17_a_request_that_completes_at_its_prefill_never_decodes(lag: int,
     assert is_pristine(world.engine)
 
 
-def test_seed_17_an_eos_that_comes_while_its_sequence_waits_for_a_page_takes_it_out_of_the_queue():
+def test_seed_17_20_an_eos_that_comes_while_its_sequence_waits_for_a_page_takes_it_out_of_the_queue():
     world = World(make_engine(batch_size=2, num_pages=3, page_size=2, lag=1), eos_at={1: 2})
     world.submit(make_request(0, prompt=1, max_tokens=2), make_request(1, prompt=2, max_tokens=2))
     world.plan()

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paged_attention import GenerationStepTask, SamplingParams
 from paged_attention.plan import EOS_TOKEN, Request, StepOutcome
+from paged_attention.scheduler import release_slot
 from tests.paged_attention.harness import World, is_pristine, make_engine, make_request
 
 
@@ -215,6 +217,19 @@ def test_seed_16_with_recompute_the_newest_is_preempted_and_both_finish_with_the
     assert is_pristine(world.engine)
 
 
+def test_seed_16_as_many_are_preempted_as_it_takes_and_no_more():
+    world = World(make_engine(num_pages=5, page_size=2))
+    requests = [make_request(i, prompt, max_tokens=4) for i, prompt in enumerate((2, 1, 2))]
+    world.submit(*requests)
+    for _ in range(3):
+        world.step()
+    plan = world.plan()
+    assert plan is not None
+    assert [e.request for e in plan.effects if e.kind == "preempted"] == [2, 1]
+    world.drain()
+    assert world.tokens == {request.id: expected_tokens(request, 16) for request in requests}
+
+
 def test_a_preempted_sequence_feeds_its_prompt_and_what_it_has_generated():
     world = starved("recompute")
     world.drain()
@@ -276,6 +291,19 @@ def test_seed_22_a_request_can_be_cancelled_in_every_state_and_frees_once(lag: i
     assert world.tokens[0] == expected_tokens(make_request(0, 5, 4), 16)
     assert world.count("freed", 1) <= 1
     assert is_pristine(world.engine)
+
+
+def test_seed_03_a_slot_given_back_has_no_position_and_no_pages_and_is_the_last_to_be_handed_out():
+    batch = make_engine().batch
+    slot = batch.available_slots.get_nowait()
+    task = GenerationStepTask(7, slot, 5, [4, 5, 6], np.int32(1), SamplingParams())
+    batch.insert_from_task(slot, task)
+    batch.active_slot_requests_map[slot] = task
+    release_slot(batch, slot)
+    assert batch.positions.tolist() == [-1] * 3
+    assert not batch.page_table.any()
+    assert list(batch.available_slots) == [1, 2, 0]
+    assert not batch.active_slot_requests_map
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

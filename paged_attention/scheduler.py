@@ -47,6 +47,8 @@ class SchedulingPolicy:
             )
 
 
+_NO_PAGES = AllocatedPrefillPages([])
+
 Holder = GenerationStepTask | InitialSequenceRequest
 """Somebody who holds pages: a running or queued decode, or the active prefill."""
 
@@ -139,8 +141,9 @@ class InferenceScheduler:
         draft = self._draft_decodes(active, batch, free, may_preempt)
         if draft is None or draft.victims:
             return draft
-        joining = self._first_tasks(draft.num_joins)
-        free -= len(draft.growing_slots) + sum(map(self._lacks_page, joining))
+        free -= len(draft.growing_slots)
+        if draft.num_joins:
+            free -= sum(map(self._lacks_page, self._first_tasks(draft.num_joins)))
         self._draft_prefill(draft, active, batch, free)
         first = self.policy.mix == "decode_first" and self.prefill_wait < self.policy.max_prefill_wait
         if first and draft.run_decodes and draft.prefill is not None:
@@ -248,22 +251,21 @@ class InferenceScheduler:
     def _commit(self, draft: _Draft, batch: ActiveSequenceBatch) -> NextIterationPlan:
         self.decode_wait = self.decode_wait + 1 if draft.decodes_wait else 0
         self.prefill_wait = self.prefill_wait + 1 if draft.prefill_waits else 0
-        preempted, released = self._evict(draft.victims, batch)
-        updates = self._grow(draft.growing_slots, batch) if draft.run_decodes else []
-        joined = self._join(draft.num_joins, batch) if draft.run_decodes else []
-        pages: list[int] = []
-        prefill = self._no_prefill
+        preempted, released = self._evict(draft.victims, batch) if draft.victims else ([], [])
+        updates = self._grow(draft.growing_slots, batch) if draft.run_decodes and draft.growing_slots else []
+        joined = self._join(draft.num_joins, batch) if draft.run_decodes and draft.num_joins else []
+        prefill, new_pages = self._no_prefill, _NO_PAGES
         if draft.prefill is not None:
             request = self.prefill_queue.get_nowait() if draft.prefill_is_new else draft.prefill
             pages = self.manager.alloc_hbm_pages(draft.num_prefill_pages)
             first = np.count_nonzero(request.page_indices)
             request.page_indices[first : first + len(pages)] = pages
-            prefill = request.replace(page_indices=request.page_indices.copy())
+            prefill, new_pages = request.replace(page_indices=request.page_indices.copy()), AllocatedPrefillPages(pages)
         return NextIterationPlan(
             prefill_request=prefill,
             schedule_prefill=draft.prefill is not None,
             schedule_decodes=draft.run_decodes,
-            prefill_pages_update=AllocatedPrefillPages(pages),
+            prefill_pages_update=new_pages,
             new_decodes_requests=joined,
             decodes_state_page_updates=updates,
             preempted=preempted,
@@ -284,14 +286,14 @@ class InferenceScheduler:
         return [_id(victim) for victim in victims], slots
 
     def _grow(self, slots: list[int], batch: ActiveSequenceBatch) -> list[SlotPageAssignment]:
-        pages = self.manager.alloc_hbm_pages(len(slots))
+        tasks, page_size = _map(batch), self.manager.page_size
         updates: list[SlotPageAssignment] = []
-        for slot, page in zip(slots, pages, strict=True):
-            task = _map(batch)[slot]
-            logical = len(task.page_indices)
-            task.page_indices.append(page)
+        for slot, page in zip(slots, self.manager.alloc_hbm_pages(len(slots)), strict=True):
+            held = tasks[slot].page_indices
+            logical = len(held)
+            held.append(page)
             batch.page_table[slot, logical] = page
-            self._capacity[slot] += self.manager.page_size
+            self._capacity[slot] = (logical + 1) * page_size
             updates.append(SlotPageAssignment(slot, logical, page))
         return updates
 

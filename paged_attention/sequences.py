@@ -109,4 +109,4 @@ def grant(sequence: Sequence, pages: list[int]) -> Effect:
     """Give pages to a sequence, behind those that it has."""
     first = len(sequence.pages)
     sequence.pages += pages
-    return Effect("allocated", sequence.request.id, sequence.admission, first_page=first, pages=tuple(pages))
+    return Effect("allocated", sequence.request.id, sequence.admission, NOBODY, first, tuple(pages))

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from backends import jax_probe as probe
 from backends import jax_roads as roads
+from backends.jax_compile_cache import use_compilation_cache
 from backends.jax_devices import make_mesh
 from backends.jax_step import Pools, ScriptedModel
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
@@ -37,6 +38,7 @@ class Programs:
     """
 
     def __init__(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
+        use_compilation_cache()
         self.mesh, self._heads = make_mesh(devices, cache)
         pytree.register()
         self._cache, self._layout = cache, LAYOUTS[cache.layout]

@@ -14,7 +14,7 @@ from backends.scripted import TokenScript
 from paged_attention.plan import Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DoneStep:
     """A step whose outcome is known already."""
 

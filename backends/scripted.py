@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt32
-from numpy import add, bitwise_xor, maximum, multiply, remainder, right_shift
+from numpy import add, bitwise_xor, multiply, remainder, right_shift
 
 from paged_attention.fingerprint import GOLDEN, mix32
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, ModelRows, StepOutcome, StepPlan
@@ -12,6 +12,9 @@ from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, ModelRows, StepOutcom
 ONE, FIFTEEN, SIXTEEN, FIRST_FACTOR, SECOND_FACTOR = (
     np.array(constant, np.uint32) for constant in (1, 15, 16, 0x7FEB352D, 0x846CA68B)
 )
+
+NO_EOS = np.int32(-1).tobytes()
+"""Of one row: no EOS ends it."""
 
 
 def dead_rows(plan: StepPlan, rows: ModelRows) -> Bool[np.ndarray, " rows"]:
@@ -50,7 +53,7 @@ class TokenScript:
         position = plan.start + plan.count
         token = self.tokens(rows.token_seed, position)
         eos = np.zeros(len(token), np.int32)
-        if len(eos) and maximum.reduce(rows.eos_position) >= 0:
+        if rows.eos_position.tobytes() != NO_EOS * len(eos):
             ends = position == rows.eos_position
             token[ends] = EOS_TOKEN
             eos[ends] = 1

@@ -13,6 +13,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
+# Tests leave nothing in the user's cache directory.
+os.environ["KVPROOF_NO_COMPILATION_CACHE"] = "1"
+
 # Shared machines stall; a deadline would say more about them than about the code.
 settings.register_profile("kvproof", deadline=None)
 settings.load_profile("kvproof")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, TypeVarTuple
 
 import simpy
 
@@ -32,7 +32,7 @@ from sim.workload.arrival import Arrival, Workload
 PROGRESS_EVERY_STEPS = 64
 
 Happenings = Generator[simpy.Event, Any, None]
-P = ParamSpec("P")
+A = TypeVarTuple("A")
 T = TypeVar("T")
 
 
@@ -74,10 +74,10 @@ class PartError(Exception):
     """The core or the backend raised where its protocol does not let it; the message says where and what."""
 
 
-def _ask(step: int, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _ask(step: int, call: Callable[[*A], T], *args: *A) -> T:
     """Call a part under test. PartError: it raised."""
     try:
-        return call(*args, **kwargs)
+        return call(*args)
     except Exception as error:
         name = getattr(call, "__qualname__", repr(call))
         raise PartError(f"step {step}: {name}() raised {type(error).__name__}: {error}") from error
@@ -91,6 +91,7 @@ class Engine:
     ) -> None:
         self._parts = parts
         self._core = parts.core
+        self._backend = parts.backend
         self._recorder = parts.recorder
         self._auditor = parts.auditor
         self._observers = parts.observers
@@ -137,7 +138,7 @@ class Engine:
         if self._auditor is None:
             return
         totals = self._recorder.totals(self.now_ns)
-        self._auditor.finished(self.now_ns, pending, self._core.snapshot, self._parts.backend, totals)
+        self._auditor.finished(self.now_ns, pending, self._core.snapshot, self._backend, totals)
 
     def close(self) -> int:
         """Close what is still open in the record; return the time of the end in ns."""
@@ -219,7 +220,7 @@ class Engine:
     # Steps.
 
     def _steps(self) -> Happenings:
-        while not self._stopped():
+        while True:
             self._fill()
             if self._stopped():
                 return
@@ -279,9 +280,9 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan) -> None:
         rows = self._parts.script.rows(plan)
-        pending = _ask(plan.step, self._parts.backend.execute, plan, rows)
+        pending = _ask(plan.step, self._backend.execute, plan, rows)
         if self._auditor is not None:
-            self._auditor.dispatched(self.now_ns, plan, rows, self._parts.backend)
+            self._auditor.dispatched(self.now_ns, plan, rows, self._backend)
         self._flights.append(_Flight(plan, pending, self._parts.cost.duration_ns(plan)))
 
     def _abandon(self, plan: StepPlan) -> None:
@@ -325,6 +326,6 @@ class Engine:
         if self._progress is not None:
             recorder = self._recorder
             live = recorder.count_of_state[0]
-            submitted = recorder.requests.num_requests
+            submitted = recorder.num_requests
             total = self._parts.workload.total
             self._progress(Progress(recorder.steps, submitted, submitted - live, total, self.now_ns))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Final
 
 from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
@@ -29,7 +28,8 @@ class EventLog:
 
     def __init__(self, recorder: Recorder, capacity: int = 64) -> None:
         self._recorder = recorder
-        self._events: deque[Callable[[], list[str]]] = deque(maxlen=capacity)
+        self._events: deque[tuple[Callable[..., list[str]], tuple[Any, ...]]] = deque(maxlen=capacity)
+        """Who makes the lines of an event, and of what."""
         self._step = 0
 
     def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
@@ -57,8 +57,7 @@ class EventLog:
 
     def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        digest = bytes(self._recorder.hash.step_digests[-DIGEST_BYTES:]).hex()
-        self._add(_applied_lines, now_ns, step, effects, digest)
+        self._add(_applied_lines, now_ns, step, effects, self._recorder.hash.step_digests[-DIGEST_BYTES:])
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
@@ -68,11 +67,11 @@ class EventLog:
         """See Observer."""
 
     def _add(self, render: Callable[..., list[str]], *what: Any) -> None:
-        self._events.append(partial(render, self._recorder.pages_free, *what))
+        self._events.append((render, (self._recorder.pages_free, *what)))
 
     def lines(self) -> list[str]:
         """The kept events, oldest first, below a header."""
-        return [HEADER, *(line for render in self._events for line in render())]
+        return [HEADER, *(line for render, what in self._events for line in render(*what))]
 
 
 def _line(
@@ -130,8 +129,8 @@ def _outcome_lines(free: int, now_ns: int, plan: StepPlan, outcome: StepOutcome)
     return lines
 
 
-def _applied_lines(free: int, now_ns: int, step: int, effects: tuple[Effect, ...], digest: str) -> list[str]:
-    return [*_effect_lines(free, now_ns, step, effects), _line(free, now_ns, step, "applied", digest=digest)]
+def _applied_lines(free: int, now_ns: int, step: int, effects: tuple[Effect, ...], digest: bytes) -> list[str]:
+    return [*_effect_lines(free, now_ns, step, effects), _line(free, now_ns, step, "applied", digest=digest.hex())]
 
 
 def _abandoned_lines(free: int, now_ns: int, step: int, effects: tuple[Effect, ...]) -> list[str]:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 
-from sim.record import CANCELLED, FINISHED, LIVE, NEVER, REJECTED, Recorder
+from sim.record import Recorder
+from sim.request_table import CANCELLED, FINISHED, LIVE, NEVER, REJECTED
 
 QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 NO_LATENCY: Final[dict[str, float | int | None]] = {
@@ -60,11 +61,11 @@ def latencies(recorder: Recorder) -> dict[str, Figures]:
     time to first token and the gaps between tokens count for every request that got there; end-to-end latency and
     time per output token ((last - first) / (tokens - 1), more than one token) for finished ones only.
     """
-    requests, count = recorder.requests, recorder.requests.num_requests
-    arrival, first = requests.arrival_ns[:count], requests.first_token_ns[:count]
-    finish, output = requests.finish_ns[:count], requests.output_tokens[:count].astype(np.int64)
+    requests = recorder.requests
+    arrival, first = requests.arrival_ns, requests.first_token_ns
+    finish, output = requests.finish_ns, requests.output_tokens.astype(np.int64)
     got_one = first != NEVER
-    finished = requests.state[:count] == FINISHED
+    finished = requests.state == FINISHED
     several = finished & (output > 1)
     span = finish[several] - first[several]
     gaps = np.fromiter(recorder.itl_gaps.keys(), np.int64, len(recorder.itl_gaps))
@@ -82,7 +83,7 @@ def page_figures(recorder: Recorder) -> dict[str, Figures]:
 
     Means are over simulated time in which a step ran; fragmentation over that in which a page was owned.
     """
-    series = {name: np.frombuffer(column, np.int64) for name, column in recorder.series.items()}
+    series = recorder.series
     weight = (series["end_ns"] - series["start_ns"]).astype(np.float64)
     owned = series["pages_owned"]
     usage = owned / (recorder.policy.num_pages - 1)
@@ -101,10 +102,10 @@ def _mean(values: Float64[np.ndarray, " n"], weights: Float64[np.ndarray, " n"])
 
 def run_figures(recorder: Recorder, end_ns: int, skipped: dict[str, int]) -> dict[str, Any]:
     """Everything in a summary that follows from the recorder alone."""
-    requests, count = recorder.requests, recorder.requests.num_requests
-    states, prompt = recorder.count_of_state, requests.prompt_tokens[:count].astype(np.int64)
-    accepted = requests.state[:count] != REJECTED
-    output_tokens = int(requests.output_tokens[:count].sum(dtype=np.int64))
+    requests, count = recorder.requests, recorder.num_requests
+    states, prompt = recorder.count_of_state, requests.prompt_tokens.astype(np.int64)
+    accepted = requests.state != REJECTED
+    output_tokens = int(requests.output_tokens.sum(dtype=np.int64))
     seconds = end_ns * _NS
     reasons: dict[str, int] = {}
     for request, reason in requests.reason.items():

@@ -6,28 +6,20 @@ core said it did, so that a metric and the core's bookkeeping can disagree, and 
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, deque
-from collections.abc import Iterable
 from typing import Final, TypedDict
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 from numpy.typing import NDArray
 
 from invariants.auditor import Totals
-from paged_attention.plan import DeclaredPolicy, Effect, StepOutcome, StepPlan
+from paged_attention.plan import UNKNOWN_TOKEN, DeclaredPolicy, Effect, StepOutcome, StepPlan
+from sim.columns import Column
+from sim.request_table import CANCELLED, FINISHED, LIVE, NEVER, NO_SEGMENT, REJECTED, RequestRows, RequestTable
 from sim.trace_hash import TraceHash
 
-NEVER: Final = -1
-"""A time that has not come."""
-
-LIVE, FINISHED, CANCELLED, REJECTED = range(4)
-STATE_NAMES: Final = ("live", "finished", "cancelled", "rejected")
-
 WAITING, PREFILL, DECODE, PREEMPTED = range(4)
-NO_SEGMENT: Final = -1
-
 FREE, FENCED = -1, -2
 
 SERIES: Final = (
@@ -47,6 +39,9 @@ SERIES: Final = (
 )
 """Columns with one entry per completed step. Counts are those after planning the step; preemptions are its own."""
 
+SPILL_EVERY_STEPS: Final = 512
+_NOTHING: Final = np.int32(UNKNOWN_TOKEN).tobytes()
+
 
 class RequestTimes(TypedDict):
     """What the recorder knows of one request; `admitted_ns` is its first admission, None: it did not get there."""
@@ -60,58 +55,27 @@ class RequestTimes(TypedDict):
     output_tokens: int
 
 
-class RequestTable:
-    """One row per request id; grows by doubling. Times are ns, NEVER where the request did not get there."""
-
-    _TIMES = ("arrival_ns", "admitted_ns", "first_token_ns", "last_token_ns", "finish_ns", "segment_start_ns")
-    _COUNTS = ("prompt_tokens", "output_tokens", "preemptions", "written", "recomputed_below")
-
-    def __init__(self) -> None:
-        self.num_requests = 0
-        self.arrival_ns: Int64[np.ndarray, " capacity"] = np.zeros(0, np.int64)
-        self.admitted_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
-        self.first_token_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
-        self.last_token_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
-        self.finish_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
-        self.segment_start_ns: Int64[np.ndarray, " capacity"] = self.arrival_ns
-        self.prompt_tokens: Int32[np.ndarray, " capacity"] = np.zeros(0, np.int32)
-        self.output_tokens: Int32[np.ndarray, " capacity"] = self.prompt_tokens
-        self.preemptions: Int32[np.ndarray, " capacity"] = self.prompt_tokens
-        self.written: Int32[np.ndarray, " capacity"] = self.prompt_tokens
-        """Positions planned in the current admission."""
-        self.recomputed_below: Int32[np.ndarray, " capacity"] = self.prompt_tokens
-        """Positions below this one were written by an earlier admission."""
-        self.state: NDArray[np.int8] = np.zeros(0, np.int8)
-        self.segment: NDArray[np.int8] = self.state
-        self.reason: dict[int, str] = {}
-
-    def reserve(self, request: int) -> None:
-        """Make sure that there is a row for `request`."""
-        self.num_requests = max(self.num_requests, request + 1)
-        capacity = len(self.arrival_ns)
-        if request < capacity:
-            return
-        more = max(256, capacity, request + 1 - capacity)
-        for name in self._TIMES:
-            setattr(self, name, np.concatenate((getattr(self, name), np.full(more, NEVER, np.int64))))
-        for name in self._COUNTS:
-            setattr(self, name, np.concatenate((getattr(self, name), np.zeros(more, np.int32))))
-        self.state = np.concatenate((self.state, np.full(more, LIVE, np.int8)))
-        self.segment = np.concatenate((self.segment, np.full(more, NO_SEGMENT, np.int8)))
-
-
 class Recorder:
     """Takes in a run, event by event, and keeps its columns and its trace hash."""
 
     def __init__(self, policy: DeclaredPolicy) -> None:
         self.policy = policy
         self.hash = TraceHash()
-        self.requests = RequestTable()
-        self.series: dict[str, array[int]] = {name: array("q") for name in SERIES}
+        self._rows = RequestRows()
+        self.steps = 0
+        """Completed steps."""
         self.itl_gaps: Counter[int] = Counter()
-        self.page_time_ns, self.page_id, self.page_owner = array("q"), array("i"), array("i")
-        self.seg_request, self.seg_kind = array("i"), array("b")
-        self.seg_start_ns, self.seg_end_ns = array("q"), array("q")
+        self._series = Column("q")
+        """SERIES of each step, step after step."""
+        self._page_moves, self._page_ids = Column("q"), Column("i")
+        """(time in ns, new owner, number of pages) of each change of ownership, and the pages of all of them."""
+        self._segments = Column("q")
+        """(request, kind, start in ns, end in ns) of each segment."""
+        self._streaming: set[int] = set()
+        """Requests that yielded a token in the last completed step: the gap that they share is counted once a step."""
+        self._streaming_rows = b""
+        self._streaming_since: dict[int, int] = {}
+        """How many steps were completed before the first of each one's steps in a row."""
         self.waiting = 0
         """Requests that wait for an admission."""
         self.running = 0
@@ -136,14 +100,43 @@ class Recorder:
         self._in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
 
     @property
+    def requests(self) -> RequestTable:
+        """A copy of what is known of each request; complete once the recorder is closed."""
+        return self._rows.table()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have arrived."""
+        return self._rows.num_requests
+
+    @property
+    def series(self) -> dict[str, NDArray[np.signedinteger]]:
+        """SERIES, each as an int64 array with one entry per completed step."""
+        return dict(zip(SERIES, self._series.values().reshape(-1, len(SERIES)).T, strict=True))
+
+    def page_events(self) -> dict[str, NDArray[np.signedinteger]]:
+        """`page_time_ns`, `page_id` and `page_owner` of each change: a request, FREE or FENCED."""
+        time_ns, owner, count = self._page_moves.values().reshape(-1, 3).T
+        return {
+            "page_time_ns": np.repeat(time_ns, count),
+            "page_id": self._page_ids.values(),
+            "page_owner": np.repeat(owner.astype(np.int32), count),
+        }
+
+    def segments(self) -> dict[str, NDArray[np.signedinteger]]:
+        """`seg_request`, `seg_kind`, `seg_start_ns` and `seg_end_ns` of each time that a request spent in one state."""
+        request, kind, start_ns, end_ns = self._segments.values().reshape(-1, 4).T
+        return {
+            "seg_request": request.astype(np.int32),
+            "seg_kind": kind.astype(np.int8),
+            "seg_start_ns": start_ns,
+            "seg_end_ns": end_ns,
+        }
+
+    @property
     def pages_free(self) -> int:
         """Pages that nobody owns and no fence holds."""
         return self.policy.num_pages - 1 - self.pages_owned - self.pages_fenced
-
-    @property
-    def steps(self) -> int:
-        """Completed steps."""
-        return len(self.series["step"])
 
     def submitted(self, now_ns: int, request: int, prompt_tokens: int, effects: tuple[Effect, ...]) -> None:
         """A request has come in and waits."""
@@ -155,8 +148,8 @@ class Recorder:
         """A request was refused at submission."""
         self._arrived(now_ns, request, prompt_tokens)
         self.hash.refused(request)
-        self.requests.state[request] = REJECTED
-        self.requests.reason[request] = reason
+        self._rows.state[request] = REJECTED
+        self._rows.reason[request] = reason
         self.count_of_state[LIVE] -= 1
         self.count_of_state[REJECTED] += 1
 
@@ -170,10 +163,10 @@ class Recorder:
         self.hash.plan(plan)
         self._preempted_now = 0
         self._take(now_ns, plan.effects)
-        num_tokens = plan.num_tokens
-        requests = self.requests
+        num_tokens = len(plan.tokens)
         prefill_tokens = self._prefill_tokens(plan)
-        requests.written[plan.request] = plan.start + plan.count
+        # As an index, int32 costs several times what intp does.
+        self._rows.written[plan.request.astype(np.intp)] = plan.start + plan.count
         self.live_tokens += num_tokens
         self.scheduled_tokens += num_tokens
         counts = (
@@ -194,10 +187,20 @@ class Recorder:
         """The oldest step in flight ran from start_ns to end_ns and yielded `outcome`."""
         plan, counts = self._in_flight.popleft()
         self.hash.outcome(outcome)
-        for column, value in zip(self.series.values(), (plan.step, start_ns, end_ns, *counts), strict=True):
-            column.append(value)
-        self._tokens(end_ns, plan.request, outcome.token)
+        self._series.extend((plan.step, start_ns, end_ns, *counts))
+        rows, token = plan.request, outcome.token
+        # A pattern found astride two tokens costs a look at each and nothing else.
+        if _NOTHING in token.tobytes():
+            rows = rows[token >= 0]
+        if rows.tobytes() != self._streaming_rows:
+            self._stream(end_ns, rows)
+        elif self._streaming:
+            self.itl_gaps[end_ns - self._last_end_ns] += len(self._streaming)
         self._last_end_ns = end_ns
+        self.steps += 1
+        if self.steps % SPILL_EVERY_STEPS == 0:
+            for column in (self._series, self._page_moves, self._page_ids, self._segments):
+                column.spill()
 
     def applied(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
         """The outcome of the step that was executed last has been applied."""
@@ -211,7 +214,7 @@ class Recorder:
         if newest.step != plan.step:
             raise ValueError(f"only the newest plan (step {newest.step}) can be abandoned, not step {plan.step}")
         self.hash.abandoned(plan.step, effects)
-        self.requests.written[plan.request] = plan.start
+        self._rows.written[plan.request] = plan.start
         self.live_tokens -= plan.num_tokens
         self.discarded_tokens += plan.num_tokens
         self.failed_steps += 1
@@ -219,7 +222,9 @@ class Recorder:
 
     def close(self, now_ns: int) -> None:
         """The run is over: what is still open ends here."""
-        for request in np.flatnonzero(self.requests.segment[: self.requests.num_requests] != NO_SEGMENT).tolist():
+        self._leave(self._streaming)
+        self._streaming, self._streaming_rows = set(), b""
+        for request in [request for request, kind in enumerate(self._rows.segment) if kind != NO_SEGMENT]:
             self._segment(now_ns, request, NO_SEGMENT)
 
     def totals(self, now_ns: int) -> Totals:
@@ -228,7 +233,7 @@ class Recorder:
         live, finished, cancelled, rejected = self.count_of_state
         return Totals(
             scheduled_tokens=self.scheduled_tokens - self.discarded_tokens,
-            arrived=self.requests.num_requests,
+            arrived=self._rows.num_requests,
             finished=finished,
             cancelled=cancelled,
             rejected=rejected,
@@ -238,16 +243,19 @@ class Recorder:
 
     def times_of(self, request: int) -> RequestTimes:
         """What is known of a request."""
-        table = self.requests
-        admitted, first = int(table.admitted_ns[request]), int(table.first_token_ns[request])
+        table = self._rows
+        admitted, first = table.admitted_ns[request], table.first_token_ns[request]
+        last, tokens = table.last_token_ns[request], table.output_tokens[request]
+        if request in self._streaming:
+            last, tokens = self._last_end_ns, tokens + self.steps - self._streaming_since[request]
         return {
             "request": request,
-            "arrival_ns": int(table.arrival_ns[request]),
+            "arrival_ns": table.arrival_ns[request],
             "admitted_ns": None if admitted == NEVER else admitted,
             "first_token_ns": None if first == NEVER else first,
-            "finish_ns": int(table.finish_ns[request]),
-            "itl_sum_ns": int(table.last_token_ns[request]) - first if first != NEVER else 0,
-            "output_tokens": int(table.output_tokens[request]),
+            "finish_ns": table.finish_ns[request],
+            "itl_sum_ns": last - first if first != NEVER else 0,
+            "output_tokens": tokens,
         }
 
     def _live_changed(self, now_ns: int, by: int) -> None:
@@ -257,65 +265,61 @@ class Recorder:
         self._live += by
 
     def _arrived(self, now_ns: int, request: int, prompt_tokens: int) -> None:
-        self.requests.reserve(request)
-        self.requests.arrival_ns[request] = now_ns
-        self.requests.prompt_tokens[request] = prompt_tokens
+        self._rows.reserve(request)
+        self._rows.arrival_ns[request] = now_ns
+        self._rows.prompt_tokens[request] = prompt_tokens
         self.count_of_state[LIVE] += 1
 
     def _prefill_tokens(self, plan: StepPlan) -> int:
         """Tokens of the prefill rows, which come first; counts those among them that an earlier admission wrote."""
         total = 0
         for row in range(plan.num_rows):
-            if plan.slot[row] >= 0:
+            if plan.slot.item(row) >= 0:
                 break
-            start, count = int(plan.start[row]), int(plan.count[row])
+            start, count = plan.start.item(row), plan.count.item(row)
             total += count
-            below = int(self.requests.recomputed_below[plan.request[row]])
+            request: int = plan.request.item(row)
+            below = self._rows.recomputed_below[request]
             self.recomputed_tokens += min(max(below - start, 0), count)
         return total
 
-    def _tokens(self, now_ns: int, rows: Int32[np.ndarray, " rows"], token: Int32[np.ndarray, " rows"]) -> None:
-        """Take in the rows' new tokens. Rows that also yielded at the end of the last step share one gap."""
-        yielded = token >= 0
-        if np.count_nonzero(yielded) < len(rows):
-            rows = rows[yielded]
-        requests = self.requests
-        shared = requests.last_token_ns.take(rows) == self._last_end_ns
-        num_shared = int(np.count_nonzero(shared)) if self._last_end_ns != NEVER else 0
-        if num_shared:
-            self.itl_gaps[now_ns - self._last_end_ns] += num_shared
-        if num_shared < len(rows):
-            self._other_tokens(now_ns, (rows[~shared] if num_shared else rows).tolist())
-        requests.output_tokens[rows] += 1
-        requests.last_token_ns[rows] = now_ns
-
-    def _other_tokens(self, now_ns: int, rows: Iterable[int]) -> None:
-        requests = self.requests
-        for request in rows:
-            last = int(requests.last_token_ns[request])
+    def _stream(self, now_ns: int, rows: Int32[np.ndarray, " rows"]) -> None:
+        """Take in a step in which other rows yielded than in the last one."""
+        before = self._streaming
+        yielded: set[int] = set(rows.tolist())
+        self._leave(before - yielded)
+        came = yielded - before
+        if len(came) < len(yielded):
+            self.itl_gaps[now_ns - self._last_end_ns] += len(yielded) - len(came)
+        for request in came:
+            self._streaming_since[request] = self.steps
+            last = self._rows.last_token_ns[request]
             if last == NEVER:
-                requests.first_token_ns[request] = now_ns
+                self._rows.first_token_ns[request] = now_ns
             else:
                 self.itl_gaps[now_ns - last] += 1
+        self._streaming, self._streaming_rows = yielded, rows.tobytes()
+
+    def _leave(self, requests: set[int]) -> None:
+        for request in requests:
+            self._rows.output_tokens[request] += self.steps - self._streaming_since.pop(request)
+            self._rows.last_token_ns[request] = self._last_end_ns
 
     def _take(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
         for effect in effects:
             kind = effect.kind
             if kind == "allocated":
-                self._pages(now_ns, effect.pages, effect.request)
-                self.pages_owned += len(effect.pages)
+                self.pages_owned += self._pages(now_ns, effect.pages, effect.request)
             elif kind == "freed":
                 self._freed(now_ns, effect)
             elif kind == "unfenced":
-                self._pages(now_ns, effect.pages, FREE)
-                self.pages_fenced -= len(effect.pages)
+                self.pages_fenced -= self._pages(now_ns, effect.pages, FREE)
             else:
                 self._moved(now_ns, effect)
 
     def _moved(self, now_ns: int, effect: Effect) -> None:
         """A request changes its state."""
-        requests, request = self.requests, effect.request
-        segment = int(requests.segment[request])
+        rows, request = self._rows, effect.request
         if effect.kind == "submitted":
             self.waiting += 1
             self._live_changed(now_ns, 1)
@@ -323,8 +327,8 @@ class Recorder:
         elif effect.kind == "admitted":
             self.waiting -= 1
             self.running += 1
-            if requests.admitted_ns[request] == NEVER:
-                requests.admitted_ns[request] = now_ns
+            if rows.admitted_ns[request] == NEVER:
+                rows.admitted_ns[request] = now_ns
             self._segment(now_ns, request, PREFILL)
         elif effect.kind == "joined":
             self.slots_used += 1
@@ -334,10 +338,10 @@ class Recorder:
             self.running -= 1
             self.num_preemptions += 1
             self._preempted_now += 1
-            requests.preemptions[request] += 1
+            rows.preemptions[request] += 1
             self._segment(now_ns, request, PREEMPTED)
         else:
-            if segment in (WAITING, PREEMPTED):
+            if rows.segment[request] in (WAITING, PREEMPTED):
                 self.waiting -= 1
             else:
                 self.running -= 1
@@ -345,9 +349,9 @@ class Recorder:
 
     def _gone(self, now_ns: int, effect: Effect) -> None:
         state = FINISHED if effect.kind == "ended" else CANCELLED
-        self.requests.state[effect.request] = state
-        self.requests.finish_ns[effect.request] = now_ns
-        self.requests.reason[effect.request] = effect.reason
+        self._rows.state[effect.request] = state
+        self._rows.finish_ns[effect.request] = now_ns
+        self._rows.reason[effect.request] = effect.reason
         self.count_of_state[LIVE] -= 1
         self.count_of_state[state] += 1
         self._live_changed(now_ns, -1)
@@ -356,29 +360,27 @@ class Recorder:
     def _freed(self, now_ns: int, effect: Effect) -> None:
         request = effect.request
         fenced = self.policy.fence and any((plan.request == request).any() for plan, _ in self._in_flight)
-        self._pages(now_ns, effect.pages, FENCED if fenced else FREE)
-        self.pages_owned -= len(effect.pages)
-        self.pages_fenced += len(effect.pages) if fenced else 0
+        count = self._pages(now_ns, effect.pages, FENCED if fenced else FREE)
+        self.pages_owned -= count
+        self.pages_fenced += count if fenced else 0
         self.slots_used -= effect.slot >= 0
-        written = int(self.requests.written[request])
+        written = self._rows.written.item(request)
         self.live_tokens -= written
-        self.requests.recomputed_below[request] = max(int(self.requests.recomputed_below[request]), written)
-        self.requests.written[request] = 0
+        self._rows.recomputed_below[request] = max(self._rows.recomputed_below[request], written)
+        self._rows.written[request] = 0
 
-    def _pages(self, now_ns: int, pages: tuple[int, ...], owner: int) -> None:
+    def _pages(self, now_ns: int, pages: tuple[int, ...], owner: int) -> int:
+        """Note who has the pages now; return how many they are."""
         count = len(pages)
-        self.page_time_ns.extend((now_ns,) * count)
-        self.page_id.extend(pages)
-        self.page_owner.extend((owner,) * count)
+        self._page_moves.extend((now_ns, owner, count))
+        self._page_ids.extend(pages)
+        return count
 
     def _segment(self, now_ns: int, request: int, kind: int) -> None:
         """Close the request's open segment and open one of `kind`; empty segments are dropped."""
-        requests = self.requests
-        open_kind, start_ns = int(requests.segment[request]), int(requests.segment_start_ns[request])
+        rows = self._rows
+        open_kind, start_ns = rows.segment[request], rows.segment_start_ns[request]
         if open_kind != NO_SEGMENT and start_ns < now_ns:
-            self.seg_request.append(request)
-            self.seg_kind.append(open_kind)
-            self.seg_start_ns.append(start_ns)
-            self.seg_end_ns.append(now_ns)
-        requests.segment[request] = kind
-        requests.segment_start_ns[request] = now_ns
+            self._segments.extend((request, open_kind, start_ns, now_ns))
+        rows.segment[request] = kind
+        rows.segment_start_ns[request] = now_ns

@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 
 from invariants.violation import Violation
-from sim.record import NEVER, STATE_NAMES, Recorder
+from sim.record import Recorder
+from sim.request_table import NEVER, STATE_NAMES, RequestTable
 from sim.scenario import Scenario, dump_scenario
 from sim.trace_hash import DIGEST_BYTES
 
@@ -93,11 +94,10 @@ def request_lines(recorder: Recorder) -> Iterator[str]:
     table = recorder.requests
     for first in range(0, table.num_requests, _LINES_PER_WRITE):
         rows = range(first, min(first + _LINES_PER_WRITE, table.num_requests))
-        yield "".join(json.dumps(_request(recorder, request)) + "\n" for request in rows)
+        yield "".join(json.dumps(_request(table, request)) + "\n" for request in rows)
 
 
-def _request(recorder: Recorder, request: int) -> dict[str, Any]:
-    table = recorder.requests
+def _request(table: RequestTable, request: int) -> dict[str, Any]:
     times = {
         name: None if (value := int(getattr(table, name)[request])) == NEVER else value
         for name in ("arrival_ns", "admitted_ns", "first_token_ns", "finish_ns")
@@ -118,16 +118,11 @@ def series_arrays(recorder: Recorder) -> dict[str, Any]:
     gaps = sorted(recorder.itl_gaps.items())
     policy = recorder.policy
     return {
-        **{name: np.frombuffer(column, np.int64) for name, column in recorder.series.items()},
+        **recorder.series,
         "itl_gap_ns": np.array([gap for gap, _ in gaps], np.int64),
         "itl_count": np.array([count for _, count in gaps], np.int64),
-        "page_time_ns": np.frombuffer(recorder.page_time_ns, np.int64),
-        "page_id": np.frombuffer(recorder.page_id, np.int32),
-        "page_owner": np.frombuffer(recorder.page_owner, np.int32),
-        "seg_request": np.frombuffer(recorder.seg_request, np.int32),
-        "seg_kind": np.frombuffer(recorder.seg_kind, np.int8),
-        "seg_start_ns": np.frombuffer(recorder.seg_start_ns, np.int64),
-        "seg_end_ns": np.frombuffer(recorder.seg_end_ns, np.int64),
+        **recorder.page_events(),
+        **recorder.segments(),
         "step_hash": np.frombuffer(bytes(recorder.hash.step_digests), f"<u{DIGEST_BYTES}"),
         "num_pages": np.int64(policy.num_pages),
         "page_size": np.int64(policy.page_size),

@@ -29,6 +29,7 @@ class TokenScript:
         positions = np.arange(max_sequence_length + 1, dtype=np.uint32)
         self._mixed_position: UInt32[np.ndarray, " positions"] = mix32(positions + np.uint32(GOLDEN))
         self._num_words = np.array(vocab_size - 1, np.uint32)
+        self._zeros = _read_only(np.zeros(0, np.int32))
 
     def tokens(
         self, seed: UInt32[np.ndarray, " rows"], position: Int32[np.ndarray, " rows"]
@@ -52,16 +53,27 @@ class TokenScript:
         """What the step yields when nothing that it reads is wrong."""
         position = plan.start + plan.count
         token = self.tokens(rows.token_seed, position)
-        eos = np.zeros(len(token), np.int32)
-        if rows.eos_position.tobytes() != NO_EOS * len(eos):
-            ends = position == rows.eos_position
-            token[ends] = EOS_TOKEN
-            eos[ends] = 1
-            silent = dead_rows(plan, rows) | (plan.samples == 0)
-            token[silent] = UNKNOWN_TOKEN
-            eos[silent] = 0
-        elif np.count_nonzero(plan.samples) < len(token):
+        if rows.eos_position.tobytes() != NO_EOS * len(token):
+            return self._with_ends(plan, rows, position, token)
+        if np.count_nonzero(plan.samples) < len(token):
             token[plan.samples == 0] = UNKNOWN_TOKEN
-        token.setflags(write=False)
-        eos.setflags(write=False)
-        return StepOutcome(plan.step, token, eos)
+        if len(self._zeros) < len(token):
+            self._zeros = _read_only(np.zeros(2 * len(token), np.int32))
+        return StepOutcome(plan.step, _read_only(token), self._zeros[: len(token)])
+
+    def _with_ends(
+        self, plan: StepPlan, rows: ModelRows, position: Int32[np.ndarray, " rows"], token: Int32[np.ndarray, " rows"]
+    ) -> StepOutcome:
+        eos = np.zeros(len(token), np.int32)
+        ends = position == rows.eos_position
+        token[ends] = EOS_TOKEN
+        eos[ends] = 1
+        silent = dead_rows(plan, rows) | (plan.samples == 0)
+        token[silent] = UNKNOWN_TOKEN
+        eos[silent] = 0
+        return StepOutcome(plan.step, _read_only(token), _read_only(eos))
+
+
+def _read_only(array: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:
+    array.flags.writeable = False
+    return array

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 
@@ -23,7 +24,7 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> Path |
     """
     if environment.get(OPT_OUT):
         return None
-    given = jax.config.jax_compilation_cache_dir or environment.get(_FOLDER)
+    given = cast("str | None", jax.config.jax_compilation_cache_dir) or environment.get(_FOLDER)
     if given is None:
         folder = _writable(environment)
         if folder is None:

@@ -7,17 +7,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
-from backends.words import lane_words, read_lane
-from paged_attention.fingerprint import WORD_MASK, kv_id, salts
+from backends.words import lane_words, read_lane, read_vector, vector_salt
+from paged_attention.fingerprint import WORD_MASK, kv_id
 from paged_attention.layout import Layout
 
 
 class PageReader:
-    """Reads `lanes` words of each K and V vector at every position, in tiles of logical pages.
+    """Reads `lanes` words of every position, each out of another K or V vector (`words.read_vector`), page by page.
 
     The pages of all rows form one list, row after row; a loop of as many tiles as that list needs works it off, so that
     the cost follows the tokens that live, not the size of the batch, and no length compiles anything anew.
@@ -26,18 +25,8 @@ class PageReader:
     def __init__(
         self, layout: Layout, dtype: str, geometry: tuple[int, int, int, int], lanes: int, tile_pages: int
     ) -> None:
-        layers, heads, page_size, head_dim = geometry
-        self._layout, self._dtype = layout, dtype
-        self._layers, self._heads, self._page_size = layers, heads, page_size
-        self._tile_pages = tile_pages
-        # The lanes of a page's tokens depend on the page's place in the sequence, with a short period.
-        rotating = max(head_dim - 1, 1) if dtype == "int8" else head_dim
-        period = rotating // np.gcd(page_size, rotating)
-        position = np.arange(period)[:, None] * page_size + np.arange(page_size)
-        lane = np.stack([read_lane(position, nth, head_dim, dtype) for nth in range(min(lanes, head_dim))], axis=1)
-        self._lane: Int32[np.ndarray, "period lanes page"] = lane
-        salt = np.moveaxis(salts(layers, heads, head_dim)[..., lane], (3, 4), (0, 1))
-        self._salt: UInt32[np.ndarray, "period lanes layers 2 heads page"] = salt
+        self._layout, self._dtype, self._lanes, self._tile_pages = layout, dtype, lanes, tile_pages
+        self._layers, self._heads, self._page_size, self._head_dim = geometry
 
     def wrong_words(
         self,
@@ -54,16 +43,14 @@ class PageReader:
         tile = min(self._tile_pages, num_rows * width)
         num_pages = jnp.minimum((length + self._page_size - 1) // self._page_size, width)
         ends = jnp.cumsum(num_pages)
-        offset = jnp.arange(self._page_size, dtype=jnp.int32)
 
         def read_tile(nth: Any, wrong: Any) -> Any:
             entry = nth * tile + jnp.arange(tile, dtype=jnp.int32)
             row = jnp.minimum((entry[:, None] >= ends).sum(axis=1), num_rows - 1)
             logical = jnp.clip(entry - (ends[row] - num_pages[row]), 0, width - 1)
-            position = logical[:, None] * self._page_size + offset
-            live = (position < length[row][:, None]) & (entry < ends[-1])[:, None]
-            identity = kv_id(base[row][:, None], position, jnp)
-            found = self._count(pools, table[row, logical], logical, identity, live)
+            # Beyond the end of the list nothing is below its length.
+            end = jnp.where(entry < ends[-1], length[row], 0)
+            found = self._count(pools, table[row, logical], logical, end, base[row])
             return wrong.at[:, row].add(found)
 
         num_tiles = (ends[-1] + tile - 1) // tile
@@ -71,21 +58,33 @@ class PageReader:
         wrong = lax.fori_loop(0, num_tiles, read_tile, jnp.zeros((self._heads, num_rows), jnp.int32))
         return wrong.sum(axis=0)
 
-    def _count(self, pools: list[tuple[Any, Any]], page: Any, logical: Any, identity: Any, live: Any) -> Any:
+    def _count(self, pools: list[tuple[Any, Any]], page: Any, logical: Any, end: Any, base: Any) -> Any:
         """Wrong words of each head in each page of a tile: (heads, tile)."""
         word = jnp.dtype(WORD_MASK[self._dtype][0])
-        offset = jnp.arange(self._page_size, dtype=jnp.int32)
-        phase = logical % len(self._lane) if len(self._lane) > 1 else jnp.zeros((1,), jnp.int32)
-        lanes, salts_of = jnp.asarray(self._lane)[phase], jnp.asarray(self._salt)[phase]
-        wrong = jnp.zeros((self._heads, identity.shape[0]), jnp.int32)
-        for nth in range(self._lane.shape[1]):
+        num_vectors = self._layers * 2 * self._heads
+        vector = jnp.arange(num_vectors, dtype=jnp.int32).reshape(-1, self._heads)
+        # Positions whose turn it is to read one vector lie num_vectors apart.
+        apart = jnp.arange(0, self._page_size, num_vectors, dtype=jnp.int32)
+        first = logical * self._page_size
+        wrong = jnp.zeros((self._heads, page.shape[0]), jnp.int32)
+        for nth in range(self._lanes):
+            # From the vector whose turn it is at a page's first position to each vector: (layers x 2, heads, n, tile).
+            # The tile comes last, so that the innermost loops are long.
+            turn = read_vector(first, end, nth, num_vectors, jnp)
+            # Unsigned: the remainder of a signed number takes five operations more.
+            away = (vector[:, :, None, None] - turn + num_vectors).astype(jnp.uint32) % num_vectors
+            offset = away.astype(jnp.int32) + apart[:, None]
+            position = first + offset
+            live = (offset < self._page_size) & (position < end)
+            lane = read_lane(position, nth, self._head_dim, self._dtype, jnp)
+            # What is gathered is worked out before, in a loop of its own, and so is what it is compared with.
+            inside, lane = lax.optimization_barrier((jnp.minimum(offset, self._page_size - 1), lane))
             held = [
-                self._layout.read_lane(pool, page[:, None], offset, lanes[:, nth]) for pair in pools for pool in pair
+                self._layout.read_words(pool, page, inside[k], lane[k])
+                for k, pool in enumerate(pool for pair in pools for pool in pair)
             ]
-            # Gathering and hashing in one loop is slower than one after the other.
             raw = lax.bitcast_convert_type(lax.optimization_barrier(jnp.stack(held)), word)
-            # To (layers x 2, heads, tile, page), as the gathered words are.
-            salt = jnp.moveaxis(salts_of[:, nth], 0, 3).reshape(raw.shape[:2] + salts_of.shape[:1] + offset.shape)
-            expected = lane_words(identity, salt, lanes[:, nth], self._dtype, jnp)
-            wrong += ((raw != expected) & live).sum(axis=(0, 3), dtype=jnp.int32)
+            salt = vector_salt(vector[:, :, None, None], lane, self._head_dim, jnp)
+            expected = lane_words(kv_id(base, position, jnp), salt, lane, self._dtype, jnp)
+            wrong += ((raw != expected) & live).sum(axis=(0, 2), dtype=jnp.int32)
         return wrong

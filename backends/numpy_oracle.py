@@ -19,6 +19,7 @@ from backends.words import (
     poison_scale,
     poison_word,
     read_lane,
+    read_vector,
     stored_dtype,
 )
 from paged_attention.fingerprint import WORD_MASK, kv_id, salts, token, words
@@ -100,11 +101,14 @@ class NumpyBackend:
         position = np.arange(end)
         page, offset = self._table_row(plan, row)[position // self._cache.page_size], position % self._cache.page_size
         identity = kv_id(rows.kv_base[row], position)
+        vectors = self._words.reshape(-1, *self._words.shape[3:])
+        salts_of = self._salts.reshape(-1, self._cache.head_dim)
         wrong = 0
-        for nth in range(min(self._model.lanes, self._cache.head_dim)):
+        for nth in range(self._model.lanes):
+            vector = read_vector(position, end, nth, len(vectors))
             lane = read_lane(position, nth, self._cache.head_dim, self._dtype)
-            expected = lane_words(identity, self._salts[..., lane], lane, self._dtype)
-            wrong += int(np.count_nonzero(self._words[:, :, :, page, offset, lane] != expected))
+            expected = lane_words(identity, salts_of[vector, lane], lane, self._dtype)
+            wrong += int(np.count_nonzero(vectors[vector, page, offset, lane] != expected))
         return wrong
 
     def _clear_slots(self) -> None:

@@ -37,12 +37,18 @@ class CacheSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The scripted model: `echo` reads nothing; `reader` reads through the device's page table what was written."""
+    """The scripted model: `echo` reads nothing; `reader` reads through the device's page table what was written.
+
+    Whenever a row yields a token, the reader reads `lanes` words of the K/V of every position below the row's length:
+    one lane each of as many vectors (layer, K or V, head). Which ones moves on from position to position and from step
+    to step, so that all vectors have their turn (`backends.words.read_vector` and `read_lane`). A token grows by one
+    for each word that is wrong, so that a stale, freed or foreign page at any position changes it.
+    """
 
     kind: Literal["echo", "reader"] = "reader"
     vocab_size: int = 32_000
     lanes: int = 1
-    """How many words of each K and V vector the reader compares (rotating with the position)."""
+    """How many words of each position the reader compares, each in another vector."""
 
 
 @dataclass(frozen=True, slots=True)

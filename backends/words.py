@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from backends.protocol import CacheSpec
-from paged_attention.fingerprint import WORD_MASK, words
+from paged_attention.fingerprint import GOLDEN, WORD_MASK, mix32, words
 from paged_attention.plan import Ints, StepPlan
 
 KINDS: tuple[Literal["K", "V"], ...] = ("K", "V")
@@ -35,13 +35,28 @@ def stored_dtype(cache: CacheSpec) -> str:
     return "int8"
 
 
+def read_vector(position: Any, length: Any, nth: int, num_vectors: int, xp: ModuleType = np) -> Any:
+    """Which vector the reader reads at a position as its nth, in a row of `length` tokens.
+
+    Vectors are counted layer by layer, K before V, head by head. The choice moves on with the position and with each
+    token that the row gains, so that every vector of every token has its turn.
+    """
+    return ((position + length + nth).astype(xp.uint32) % num_vectors).astype(xp.int32)
+
+
 def read_lane(position: Any, nth: int, head_dim: int, dtype: str, xp: ModuleType = np) -> Any:
-    """Which lane of each vector the reader reads as its nth: it rotates with the position.
+    """Which lane of that vector the reader reads: it rotates with the position.
 
     Lane 0 of an int8 fingerprint is the same for all tokens, so that it is left out.
     """
     fixed = 1 if dtype == "int8" and head_dim > 1 else 0
-    return (fixed + (position + nth) % (head_dim - fixed)).astype(xp.int32)
+    return fixed + ((position + nth).astype(xp.uint32) % (head_dim - fixed)).astype(xp.int32)
+
+
+def vector_salt(vector: Any, lane: Any, head_dim: int, xp: ModuleType = np) -> Any:
+    """`fingerprint.salts` of one lane of a vector, computed: on a device that is cheaper than looking it up."""
+    nth = (vector * head_dim + lane + 1).astype(xp.uint32)
+    return mix32(nth * xp.uint32(GOLDEN), xp)
 
 
 def lane_words(ids: Any, lane_salt: Any, lane: Any, dtype: str, xp: ModuleType = np) -> Any:

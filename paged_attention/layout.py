@@ -58,8 +58,8 @@ class Layout(Protocol):
         """A pool with one whole page replaced by `tokens` (page_size, heads, *rest), under `jax.jit`."""
         ...
 
-    def read_lane(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
-        """One word of every head at each place: (heads, *places), for index arrays that broadcast together."""
+    def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
+        """Single words of every head: (heads, *places); offset and lane have that shape, page that of places."""
         ...
 
 
@@ -101,14 +101,21 @@ class HeadsFirst:
 
         return lax.dynamic_update_slice_in_dim(pool, tokens.swapaxes(0, 1)[:, None], page, axis=1)
 
-    def read_lane(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
-        """One word of every head at each place."""
-        heads, num_pages, page_size, head_dim = pool.shape
-        if num_pages * page_size * head_dim > np.iinfo(np.int32).max:
-            return pool.at[:, page, offset, lane].get(mode="promise_in_bounds")
-        # One flat index a place costs half of what three do on the CPU; heads stay apart, they may be sharded.
-        place = (page * page_size + offset) * head_dim + lane
-        return pool.reshape(heads, -1).at[:, place].get(mode="promise_in_bounds")
+    def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
+        """Single words of every head: (heads, *places)."""
+        import jax
+
+        _, num_pages, page_size, head_dim = pool.shape
+
+        def read_head(words: Any, offset: Any, lane: Any) -> Any:
+            if num_pages * page_size * head_dim > np.iinfo(np.int32).max:
+                return words.at[page, offset, lane].get(mode="promise_in_bounds")
+            # One flat index a place costs half of what three do on the CPU.
+            place = ((page * page_size + offset) * head_dim + lane).astype(np.uint32)
+            return words.reshape(-1).at[place].get(mode="promise_in_bounds")
+
+        # Head by head: they may be sharded.
+        return jax.vmap(read_head)(pool, offset, lane)
 
 
 HEADS_FIRST: Layout = HeadsFirst()

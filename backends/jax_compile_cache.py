@@ -24,7 +24,7 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> Path |
     """
     if environment.get(OPT_OUT):
         return None
-    given = cast("str | None", jax.config.jax_compilation_cache_dir) or environment.get(_FOLDER)
+    given = cast("str | None", getattr(jax.config, "jax_compilation_cache_dir", None)) or environment.get(_FOLDER)
     if given is None:
         folder = _writable(environment)
         if folder is None:

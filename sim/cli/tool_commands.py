@@ -132,8 +132,10 @@ def bench(
     elif not quiet:
         for name in names:
             row = found[name]
+            target = "no target" if row["target"] is None else f"target {row['target']:g}"
             typer.echo(
-                f"{name}: {row['spins']:.2f} spins (target {row['target']:g}), {row['cpu_seconds']:.2f} s CPU, "
-                f"{row['steps']:,} steps, {row['mean_running']:.1f} running, {row['us_per_step']:.1f} us per step"
+                f"{name}: {row['spins']:.2f} spins ({target}), {row['cpu_seconds']:.2f} s CPU, "
+                f"{row['steps']:,} steps, {row['mean_running']:.1f} running, {row['us_per_step']:.1f} us per step, "
+                f"compiling {row['compile_seconds']:.1f} s"
             )
     return 0

@@ -126,7 +126,7 @@ def cases() -> dict[str, Scenario]:
 
 
 def bench(names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Measure the named cases; the lowest of `repeats` ratios each. With JAX one more run comes first, which compiles."""
+    """Measure the named cases; the lowest of `repeats` ratios each. With JAX one more run, before them, compiles."""
     found: dict[str, Any] = {"spin_seconds": spin()}
     for name in names:
         best = _measure(cases()[name], repeats, lambda text, name=name: tell(f"{name}: {text}"))

@@ -86,7 +86,7 @@ class ModelSettings(Section):
     vocab_size: Annotated[int, Field(ge=2, le=MAX_COUNT), WHOLE] = Field(
         default=32_000, description="Token ids, EOS (0) included."
     )
-    lanes: Count = Field(default=1, description="Words of each K and V vector that the reader compares.")
+    lanes: Count = Field(default=1, description="Words of each position that the reader compares.")
 
 
 class FixedCost(Section):

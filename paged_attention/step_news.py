@@ -145,7 +145,8 @@ def pack(
     """Pack what `plan` tells the device. ValueError: a slot or page outside the batch or pool, or an unknown token."""
     tasks, updates = plan.new_decodes_requests, plan.decodes_state_page_updates
     held = {row: _held(task, prefill_outputs) for row, task in enumerate(tasks) if _is_held(task)}
-    num_inserts = bucket(len(tasks), metadata.batch_size)
+    # One row of padding costs less than a program of its own for steps in which nobody joins.
+    num_inserts = bucket(max(len(tasks), 1), metadata.batch_size)
     shape = StepShape(
         batch_size=metadata.batch_size,
         num_pages=metadata.num_pages_per_sequence,

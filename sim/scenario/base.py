@@ -38,8 +38,11 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT), WHOLE]
 Index = Annotated[int, Field(ge=0, le=MAX_COUNT), WHOLE]
 """At least 0."""
 
-Nanoseconds = Annotated[int, Field(ge=0, le=2**62), WHOLE]
-"""Simulated time in ns."""
+MAX_DURATION_NS = 10**15
+"""About 11 days: no duration of a single thing is longer, so that thousands of them still add up within int64."""
+
+Nanoseconds = Annotated[int, Field(ge=0, le=MAX_DURATION_NS), WHOLE]
+"""A duration in simulated ns."""
 
 Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
 """Simulated time in s."""

@@ -17,11 +17,11 @@ Problem = tuple[tuple[str | int, ...], str]
 
 def contradictions(scenario: Scenario) -> list[Problem]:
     """Every contradiction between keys that are valid one by one."""
-    checks = (_mesh, _model, _workload, _lengths, _prompts_fit, _faults, _expectations)
+    checks = (_devices, _model, _workload, _lengths, _prompts_fit, _faults, _expectations)
     return [problem for check in checks for problem in check(scenario)]
 
 
-def _mesh(scenario: Scenario) -> Iterator[Problem]:
+def _devices(scenario: Scenario) -> Iterator[Problem]:
     cache, backend = scenario.cache, scenario.backend
     sizes = {"heads": "kv_heads", "pages": "num_pages", "page": "page_size", "head_dim": "head_dim"}
     for axis, devices in backend.mesh.items():
@@ -33,6 +33,9 @@ def _mesh(scenario: Scenario) -> Iterator[Problem]:
         yield ("backend", "mesh"), f"the backend '{backend.kind}' has no devices to shard over"
     if backend.platform != "cpu" and backend.kind in {"none", "numpy"}:
         yield ("backend", "platform"), f"the backend '{backend.kind}' runs on the cpu only"
+    if backend.writer is not None and backend.kind in {"none", "numpy"}:
+        what = "takes no write kernel; choose backend.kind jax or one of your own"
+        yield ("backend", "writer"), f"the backend '{backend.kind}' {what}"
 
 
 def _model(scenario: Scenario) -> Iterator[Problem]:

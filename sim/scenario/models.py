@@ -8,7 +8,17 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from invariants.catalogue import CATALOGUE
-from sim.scenario.base import MAX_COUNT, WHOLE, Count, Index, Nanoseconds, Seconds, Section, seconds_to_ns
+from sim.scenario.base import (
+    MAX_COUNT,
+    MAX_DURATION_NS,
+    WHOLE,
+    Count,
+    Index,
+    Nanoseconds,
+    Seconds,
+    Section,
+    seconds_to_ns,
+)
 from sim.scenario.checks import contradictions
 from sim.scenario.workload_models import WorkloadSettings
 
@@ -93,7 +103,7 @@ class FixedCost(Section):
     """Every step takes equally long."""
 
     kind: Literal["fixed"] = Field(description="One duration for all steps.")
-    step_ns: Annotated[int, Field(ge=1, le=2**62), WHOLE] = Field(description="Duration of a step in ns.")
+    step_ns: Annotated[int, Field(ge=1, le=MAX_DURATION_NS), WHOLE] = Field(description="Duration of a step in ns.")
 
 
 class LinearCost(Section):

@@ -108,6 +108,22 @@ def edited(old: str, new: str) -> str:
             "kv_heads: 2}\nfaults:\n  - {kind: cancel, request: 3, at_stp: 1}",
             "6:32: faults.0.at_stp: unknown key (did you mean 'at_step'?)",
         ),
+        ("step_ns: 1e3", "step_ns: 1e16", f"10:21: cost.step_ns: expected at most {10**15}, found {10**16}"),
+        (
+            "kind: fixed, step_ns: 1e3",
+            f"kind: linear, base_ns: {10**15 + 1}, per_token_ns: 1",
+            f"10:22: cost.base_ns: expected at most {10**15}, found {10**15 + 1}",
+        ),
+        (
+            "kind: fixed, step_ns: 1e3",
+            f"kind: linear, base_ns: 1, per_token_ns: {2**62}",
+            f"10:34: cost.per_token_ns: expected at most {10**15}, found {2**62}",
+        ),
+        (
+            "kind: fixed, step_ns: 1e3",
+            f"kind: roofline, model: llama-3-8b, device: h100, overhead_ns: {2**62}",
+            f"10:57: cost.overhead_ns: expected at most {10**15}, found {2**62}",
+        ),
         ("cost: {kind: fixed, step_ns: 1e3}", "cost: 3", "10:1: cost: expected a mapping of keys, found 3"),
     ],
 )
@@ -128,6 +144,16 @@ def test_one_wrong_key_is_one_line_with_place_path_and_hint(old: str, new: str, 
             "kv_heads: 2}",
             "kv_heads: 2}\nbackend: {kind: numpy, mesh: {heads: 2}}",
             "5:24: backend.mesh: the backend 'numpy' has no devices to shard over",
+        ),
+        (
+            "kv_heads: 2}",
+            "kv_heads: 2}\nbackend: {kind: numpy, writer: 'mine:write'}",
+            "5:24: backend.writer: the backend 'numpy' takes no write kernel; choose backend.kind jax or one of your own",
+        ),
+        (
+            "kv_heads: 2}",
+            "kv_heads: 2}\nbackend: {kind: none, writer: 'mine:write'}",
+            "5:23: backend.writer: the backend 'none' takes no write kernel; choose backend.kind jax or one of your own",
         ),
         (
             "value: 5",

@@ -202,7 +202,7 @@ class Books:
         return effects
 
     def leave(self, sequence: Sequence) -> None:
-        """Take a sequence out of the stage it is in; its slot and pages go with `_give_back`."""
+        """Take a sequence out of the stage it is in; its slot and pages go with `give_back`."""
         if sequence is self.prefilling:
             self.prefilling = None
         elif sequence in self.prefilled:

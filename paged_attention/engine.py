@@ -133,7 +133,7 @@ class PagedAttentionEngine:
     # One step.
 
     def plan(self) -> StepPlan | None:
-        """Plan the next step; None where nothing can run now, and then nothing changed.
+        """Plan the next step; None where nothing can run now: nobody's pages, slot or place in line changed then.
 
         NotImplementedError: decodes are short of pages and the policy's preemption is "none"; nothing changed.
         """

@@ -116,7 +116,8 @@ class InferenceScheduler:
         """Plan the next step, change the host state accordingly, and say what the device must be told.
 
         `active_prefill` is the prefill whose chunk number chunk_idx comes next, or None. With may_preempt False (steps
-        are in flight, which may yet free pages) a want of pages gives None instead of a preemption.
+        are in flight, which may yet free pages) a want of pages gives None instead of a preemption. Between plans only
+        this module's functions may seat or release rows of `decodes_state`.
 
         None: nothing can run now; nothing changed. NotImplementedError: decodes are short of pages and the policy's
         preemption is "none"; nothing changed. The preempted requests are named in the plan; putting them back into the
@@ -250,7 +251,9 @@ class InferenceScheduler:
 
     def _commit(self, draft: _Draft, batch: ActiveSequenceBatch) -> NextIterationPlan:
         self.decode_wait = self.decode_wait + 1 if draft.decodes_wait else 0
-        self.prefill_wait = self.prefill_wait + 1 if draft.prefill_waits else 0
+        # Whoever waits while others are preempted goes on waiting.
+        if not draft.victims:
+            self.prefill_wait = self.prefill_wait + 1 if draft.prefill_waits else 0
         preempted, released = self._evict(draft.victims, batch) if draft.victims else ([], [])
         updates = self._grow(draft.growing_slots, batch) if draft.run_decodes and draft.growing_slots else []
         joined = self._join(draft.num_joins, batch) if draft.run_decodes and draft.num_joins else []

@@ -1,1 +1,1 @@
-"""."""
+"""Reports: plots, HTML, Perfetto traces and comparisons, made from run folders alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import numpy as np
@@ -110,8 +111,8 @@ def run_figures(recorder: Recorder, end_ns: int, skipped: dict[str, int]) -> dic
     reasons: dict[str, int] = {}
     for request, reason in requests.reason.items():
         if requests.state[request] == REJECTED:
-            # Refusals name the request; what is left tells the kind.
-            kind = reason.removeprefix(f"request {request}: ")
+            # Refusals name the request and its sizes; what is left tells the kind.
+            kind = re.sub(r"\d+", "N", reason.removeprefix(f"request {request}: "))
             reasons[kind] = reasons.get(kind, 0) + 1
     return {
         "steps": recorder.steps,

@@ -15,6 +15,8 @@ from sim.cli.options import AsJson, exits
 from sim.exit_codes import ExitCode
 
 SCENARIO_FOLDER: Final = Path("scenarios")
+LIBRARY: Final = Path(__file__).parents[2] / "scenarios"
+"""The scenarios that come with the package."""
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 def list_things(
     what: Annotated[str, typer.Argument(help="scenarios, invariants, backends, cores or mutants.")],
-    folder: Annotated[Path, typer.Option(help="Where the scenarios are.")] = SCENARIO_FOLDER,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the scenarios are [./scenarios, else those that come with kvproof].")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """List what there is, one line each. Exit status 5: there is none.
@@ -33,7 +37,7 @@ def list_things(
     Example: kvproof list invariants
     """
     listers: dict[str, Callable[[], dict[str, str]]] = {
-        "scenarios": lambda: scenario_purposes(folder),
+        "scenarios": lambda: scenario_purposes(folder or (SCENARIO_FOLDER if SCENARIO_FOLDER.is_dir() else LIBRARY)),
         "invariants": invariant_statements,
         "backends": backends,
         "cores": cores,
@@ -51,7 +55,7 @@ def list_things(
         for name, sentence in found.items():
             typer.echo(f"{name:<{width}}  {sentence}".rstrip())
     else:
-        typer.echo(f"no {what} found" + (f" in {folder}" if what == "scenarios" else ""), err=True)
+        typer.echo(f"no {what} found" + (f" in {folder or SCENARIO_FOLDER}" if what == "scenarios" else ""), err=True)
     return ExitCode.HELD if found else ExitCode.NOTHING
 
 

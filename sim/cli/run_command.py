@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,8 +44,8 @@ def run_scenarios(
 ) -> int:
     """Run scenarios through the real scheduler, page manager and cache writes; check every step.
 
-    Exit status: 0 all held, 1 an invariant broke or an expectation failed, 2 usage, 4 only a latency objective failed,
-    6 the backend is not there, 130 interrupted.
+    Exit status: 0 all held, 1 an invariant broke or an expectation failed, 2 usage, 3 internal error or full disk,
+    4 only a latency objective failed, 6 the backend is not there, 130 interrupted.
 
     Example: kvproof run scenarios/quickstart.yaml --set core.lag=2 --seed 5
     """
@@ -57,17 +59,19 @@ def run_scenarios(
     summaries: list[dict[str, Any]] = []
     statuses: list[int] = []
     notes = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    for path, scenario in loaded:
-        folder = _folder(out, scenario, several=len(loaded) > 1)
+    for (path, scenario), folder in zip(loaded, _folders(out, [scenario for _, scenario in loaded]), strict=True):
         if _needs_own_process(scenario):
-            arguments = _arguments(path, seed, overrides, folder, plan_log, quiet, no_plots)
+            arguments = _arguments(path, seed, overrides, folder, plan_log)
             summary, status = _in_own_process(scenario, arguments)
         else:
-            summary, status = run_one(scenario, folder, plan_log, notes, no_plots=no_plots)
+            summary, status = run_one(scenario, folder, plan_log, notes)
         statuses.append(status)
         if summary is not None:
             summaries.append({**summary, "run_folder": str(folder), "exit_code": status})
             _show(notes if as_json else Console(quiet=quiet, highlight=False, soft_wrap=True), summary, folder)
+            # After the verdict: whoever has no room for plots still learns what the run showed.
+            if summary["steps"] and not no_plots:
+                _draw(folder, notes)
         if status == 130:
             break
     if as_json:
@@ -75,33 +79,42 @@ def run_scenarios(
     return next((status for status in SEVERITY if status in statuses), 0)
 
 
-def run_one(
-    scenario: Scenario, folder: Path, plan_log: Path | None, notes: Console, *, no_plots: bool
-) -> tuple[dict[str, Any], int]:
-    """Run one scenario in this process and draw its plots; its summary and exit status."""
+def run_one(scenario: Scenario, folder: Path, plan_log: Path | None, notes: Console) -> tuple[dict[str, Any], int]:
+    """Run one scenario in this process; its summary and exit status."""
     from sim.cli.show import progress_bar
     from sim.run import run
 
     with progress_bar(notes, scenario.name, shown=not notes.quiet) as progress:
         report = run(scenario, out=folder, progress=progress, plan_log=plan_log)
-    if not no_plots and report.recorder.steps:
-        from reports import html, perfetto
-
-        with notes.status("drawing plots") if notes.is_terminal and not notes.quiet else nullcontext():
-            html.write(folder)
-            perfetto.write(folder)
     return report.summary, int(report.exit_code)
 
 
-def _folder(out: Path | None, scenario: Scenario, *, several: bool) -> Path:
-    """The run folder, made and proven writable before anything runs. OSError: it is not."""
+def _draw(folder: Path, notes: Console) -> None:
+    from reports import html, perfetto
+    from reports.plots import draw
+
+    with notes.status("drawing plots") if notes.is_terminal and not notes.quiet else nullcontext():
+        draw(folder)
+        html.write(folder)
+        perfetto.write(folder)
+
+
+def _folders(out: Path | None, scenarios: list[Scenario]) -> Iterator[Path]:
+    """A new run folder for each scenario, made and proven writable before it runs. OSError: it is not."""
     from sim.run_folder import new_folder
 
-    if out is None:
-        return new_folder(RUNS, scenario.name)
-    folder = out / scenario.name if several else out
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    taken: Counter[str] = Counter()
+    for scenario in scenarios:
+        if out is None:
+            yield new_folder(RUNS, scenario.name)
+            continue
+        taken[scenario.name] += 1
+        number = f"-{taken[scenario.name]}" if taken[scenario.name] > 1 else ""
+        folder = out / f"{scenario.name}{number}" if len(scenarios) > 1 else out
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise typer.BadParameter(f"{folder} is not empty; give a new folder", param_hint="--out")
+        yield folder
 
 
 def _show(console: Console, summary: dict[str, Any], folder: Path) -> None:
@@ -129,15 +142,12 @@ def _arguments(
     overrides: list[str] | None,
     folder: Path,
     plan_log: Path | None,
-    quiet: bool,
-    no_plots: bool,
 ) -> list[str]:
-    arguments = ["run", str(path), "--json", "--quiet", "--out", str(folder)]
+    arguments = ["run", str(path), "--json", "--quiet", "--no-plots", "--out", str(folder)]
     arguments += ["--seed", str(seed)] if seed is not None else []
     for override in overrides or []:
         arguments += ["--set", override]
-    arguments += ["--plan-log", str(plan_log)] if plan_log is not None else []
-    return arguments + (["--no-plots"] if no_plots else [])
+    return arguments + (["--plan-log", str(plan_log)] if plan_log is not None else [])
 
 
 def _in_own_process(scenario: Scenario, arguments: list[str]) -> tuple[dict[str, Any] | None, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sim.scenario.memory import GIB, host_bytes, physical_memory
 from sim.scenario.workload_models import ConcurrentArrivals, StagedArrivals, TraceArrivals, shortest
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ Problem = tuple[tuple[str | int, ...], str]
 
 def contradictions(scenario: Scenario) -> list[Problem]:
     """Every contradiction between keys that are valid one by one."""
-    checks = (_devices, _model, _workload, _lengths, _prompts_fit, _faults, _expectations)
+    checks = (_devices, _model, _workload, _lengths, _prompts_fit, _faults, _expectations, _memory)
     return [problem for check in checks for problem in check(scenario)]
 
 
@@ -107,3 +108,11 @@ def _expectations(scenario: Scenario) -> Iterator[Problem]:
         low, high = getattr(bound, "min", None), getattr(bound, "max", None)
         if low is not None and high is not None and low > high:
             yield ("expect", key, "min"), f"min {low} is more than max {high}"
+
+
+def _memory(scenario: Scenario) -> Iterator[Problem]:
+    needed, present = host_bytes(scenario), physical_memory()
+    total = sum(needed.values())
+    if present is not None and total > present:
+        text = f"the run needs {total / GIB:.1f} GiB of memory, but this machine has {present / GIB:.1f} GiB"
+        yield max(needed, key=lambda key: needed[key]), text

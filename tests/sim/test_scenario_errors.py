@@ -148,12 +148,14 @@ def test_one_wrong_key_is_one_line_with_place_path_and_hint(old: str, new: str, 
         (
             "kv_heads: 2}",
             "kv_heads: 2}\nbackend: {kind: numpy, writer: 'mine:write'}",
-            "5:24: backend.writer: the backend 'numpy' takes no write kernel; choose backend.kind jax or one of your own",
+            "5:24: backend.writer: the backend 'numpy' takes no write kernel; "
+            "choose backend.kind jax or one of your own",
         ),
         (
             "kv_heads: 2}",
             "kv_heads: 2}\nbackend: {kind: none, writer: 'mine:write'}",
-            "5:23: backend.writer: the backend 'none' takes no write kernel; choose backend.kind jax or one of your own",
+            "5:23: backend.writer: the backend 'none' takes no write kernel; "
+            "choose backend.kind jax or one of your own",
         ),
         (
             "value: 5",
@@ -319,3 +321,38 @@ def test_a_missing_trace_names_the_key_and_the_whole_path(folder: Path) -> None:
     assert refusal(GOOD, override) == [f"--set {override}: {missing}"]
     (folder / "t.csv").mkdir()
     assert refusal(text) == ["s.yaml:6:42: workload.arrivals.path: 't.csv' is a directory: expected a file"]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("old", "new", "place", "needed"),
+    [
+        ("num_pages: 33", "num_pages: 2000000000", "4:23: cache.num_pages", "1192.1"),
+        ("batch_size: 4", "batch_size: 999999999", "3:8: core.batch_size", "841.9"),
+        (
+            "max_sequence_length: 64",
+            "max_sequence_length: 2147483647",
+            "4:38: cache.max_sequence_length",
+            "80.0",
+        ),
+        ("page_size: 4", "page_size: 2147483647", "4:9: cache.page_size", "9504.0"),
+        ("kv_heads: 2", "kv_heads: 2147483647", "4:63: cache.kv_heads", "16896.0"),
+    ],
+)
+def test_a_run_that_exceeds_the_machine_names_the_key_and_both_sizes(
+    old: str, new: str, place: str, needed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.scenario.checks.physical_memory", lambda: 8 * 2**30)
+    assert refusal(edited(old, new)) == [
+        f"s.yaml:{place}: the run needs {needed} GiB of memory, but this machine has 8.0 GiB"
+    ]
+
+
+@pytest.mark.usefixtures("folder")
+def test_pools_on_another_device_and_unknown_memory_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("s.yaml").write_text(edited("kv_heads: 2}", "kv_heads: 2147483647}\nbackend: {kind: jax, platform: gpu}"))
+    monkeypatch.setattr("sim.scenario.checks.physical_memory", lambda: 8 * 2**30)
+    assert load_scenario("s.yaml").cache.kv_heads == 2**31 - 1
+    Path("s.yaml").write_text(edited("kv_heads: 2", "kv_heads: 2147483647"))
+    monkeypatch.setattr("sim.scenario.checks.physical_memory", lambda: None)
+    assert load_scenario("s.yaml").cache.kv_heads == 2**31 - 1

@@ -14,15 +14,14 @@ EXAMPLE = re.search(r"```python\n(.*?)```", Path("docs/protocol.md").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("offset", "violated"), [("position % size)", set()), ("(position + 1) % size)", {"K1", "K3"})]
-)
+@pytest.mark.parametrize(("offset", "caught"), [("position % size)", False), ("(position + 1) % size)", True)])
 def test_the_documented_write_kernel_holds_and_one_place_too_far_is_caught(
-    offset: str, violated: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offset: str, caught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert EXAMPLE is not None
-    module = "kernel_" + ("wrong" if violated else "right")
+    module = "kernel_" + ("wrong" if caught else "right")
     (tmp_path / f"{module}.py").write_text(EXAMPLE.group(1).replace("position % size)", offset))
     monkeypatch.chdir(tmp_path)
     report = run(small(backend__kind="jax", backend__writer=f"{module}:write", workload__num_requests=6))
-    assert {violation.id for violation in report.violations} == violated
+    assert ("K1" in {violation.id for violation in report.violations}) == caught
+    assert bool(report.violations) == caught

@@ -87,8 +87,14 @@ class Engine:
     """Runs one simulation to its end: nothing left to arrive, to cancel or to do, or the first violation."""
 
     def __init__(
-        self, parts: Parts, *, stop_at_first: bool = True, progress: Callable[[Progress], None] | None = None
+        self,
+        parts: Parts,
+        *,
+        stop_at_first: bool = True,
+        progress: Callable[[Progress], None] | None = None,
+        checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
+        """`progress` is called now and then; `checkpoint` before every plan: what it raises ends the run."""
         self._parts = parts
         self._core = parts.core
         self._backend = parts.backend
@@ -97,6 +103,7 @@ class Engine:
         self._observers = parts.observers
         self._stop_at_first = stop_at_first
         self._progress = progress
+        self._checkpoint = checkpoint
         self._env = simpy.Environment()
         self._depth = parts.core.policy.lag + 1
         self._flights: deque[_Flight] = deque()
@@ -251,6 +258,7 @@ class Engine:
     def _fill(self) -> None:
         """Plan and dispatch until `lag + 1` steps are in flight, nothing can run, or a step fails."""
         while len(self._flights) < self._depth and not self._failed_ns and not self._stopped():
+            self._checkpoint()
             for request in self._parts.faults.take_cancels(self._num_plans):
                 self._cancel(request)
             plan = _ask(self._num_plans, self._core.plan)

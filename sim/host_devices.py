@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from math import prod
 from typing import Final
 
+from sim.exit_codes import ExitCode
 from sim.scenario import Scenario
 
 FLAG: Final = "--xla_force_host_platform_device_count"
@@ -29,14 +31,32 @@ def forced_count() -> int:
 def run_with_devices(count: int, arguments: list[str]) -> tuple[str, int]:
     """Run `kvproof ARGUMENTS` with `count` host devices; what it wrote to stdout, and its exit status.
 
-    A KeyboardInterrupt reaches the child too; what it saved and said counts.
+    A Ctrl-C is handed on to the child, and what the child saved and said then counts. RuntimeError: another signal
+    ended the child.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}={count}".strip()
-    command = [sys.executable, "-m", "sim.cli", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": flags}) as child:
+    # In a process group of its own: a terminal sends Ctrl-C to the whole group, and two of them end a run unsaved.
+    with subprocess.Popen(
+        [sys.executable, "-m", "sim.cli", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+        process_group=0,
+    ) as child:
         while True:
             try:
                 output, _ = child.communicate()
             except KeyboardInterrupt:
+                child.send_signal(signal.SIGINT)
                 continue
-            return output, child.returncode
+            return output, _exit_status(child.returncode)
+
+
+def _exit_status(code: int) -> int:
+    """The status of a child that ended by itself, or of a Ctrl-C before it could catch one."""
+    if code == -signal.SIGINT:
+        return ExitCode.INTERRUPTED
+    if code < 0:
+        raise RuntimeError(f"the process of the sharded run was ended by {signal.Signals(-code).name}")
+    return code

@@ -39,8 +39,15 @@ def open_text(path: Path, mode: str) -> IO[str]:
     return path.open(mode, encoding="utf-8")
 
 
+class PlanLogWriteError(OSError):
+    """A plan log that the disk does not take any further; `filename` names it."""
+
+
 class PlanLogWriter:
-    """An observer that writes what it is told; with path None it writes nothing."""
+    """An observer that writes what it is told; with path None it writes nothing.
+
+    PlanLogWriteError: the disk does not take it. To enter raises OSError where the file cannot be opened.
+    """
 
     def __init__(
         self, path: Path | None, policy: DeclaredPolicy, vocab_size: int | None, eos_position: Callable[[int], int]
@@ -60,7 +67,10 @@ class PlanLogWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as failure:
+                raise self._failed(failure) from failure
 
     def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
         """See Observer."""
@@ -105,7 +115,13 @@ class PlanLogWriter:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            try:
+                self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            except OSError as failure:
+                raise self._failed(failure) from failure
+
+    def _failed(self, failure: OSError) -> PlanLogWriteError:
+        return PlanLogWriteError(failure.errno, failure.strerror, str(self._path))
 
 
 def pack(effects: Iterable[Effect]) -> list[list[Any]]:

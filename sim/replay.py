@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from sim.run import Report, run
 from sim.run_folder import FAILURE, SCENARIO, SUMMARY, VIOLATIONS, read_json, read_step_hashes
@@ -14,6 +14,10 @@ from sim.trace_hash import DIGEST_BYTES, first_difference
 
 class ReplayError(Exception):
     """There is nothing to replay at that path; the message says what was looked for."""
+
+
+CUT_SHORT: Final = ("interrupted", "trace wrong", "plan log not written")
+"""Verdicts of a run that did not come to its own end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Recorded:
     violations: tuple[tuple[str, int], ...]
     """(id, step) of each."""
     whole: bool
-    """False: the recorded run was interrupted, so only its steps can be compared."""
+    """False: the recorded run was cut short, so only its steps can be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ def _of_report(report: Report) -> Recorded:
 
 def _of_run(folder: Path, scenario: Scenario) -> Recorded:
     summary = cast("dict[str, Any]", read_json(folder / SUMMARY))
-    whole = summary["verdict"] != "interrupted"
+    whole = summary["verdict"] not in CUT_SHORT
     return Recorded(scenario, str(summary["trace_hash"]), read_step_hashes(folder), _pairs(summary), whole)
 
 

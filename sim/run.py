@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -23,10 +23,11 @@ from sim.event_log import EventLog
 from sim.exit_codes import ExitCode
 from sim.expect import Check, check_expectations
 from sim.faults import FaultSchedule
+from sim.interrupt import Interrupt
 from sim.metrics import run_figures
 from sim.mutants import Mutant, find_mutant
 from sim.observer import Observer
-from sim.planlog import PlanLogWriter
+from sim.planlog import PlanLogWriteError, PlanLogWriter
 from sim.record import Recorder
 from sim.run_folder import SUMMARY_SCHEMA, write_failure, write_record, write_scenario
 from sim.scenario import Scenario, scenario_hash
@@ -88,8 +89,9 @@ def run(
     scenario's workload section stands for. With `audit` False nothing is checked.
 
     UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. SetupError: it cannot be built
-    like that. TraceError: the workload's file is wrong. OSError: the disk does not take the record. A KeyboardInterrupt
-    ends the run, and the report says so.
+    like that. TraceError: the workload's file is wrong. OSError: the disk does not take the record.
+    PlanLogWriteError: it does not take the plan log, but the record is written. Ctrl-C ends the run after its step, and
+    the report says so; a second one raises KeyboardInterrupt at once, as does one that comes after the last step.
     """
     clocks = _Clocks()
     mutant = find_mutant(scenario.plant) if scenario.plant else None
@@ -100,12 +102,13 @@ def run(
     faults = FaultSchedule(concrete_faults(scenario))
     if out is not None:
         write_scenario(out, scenario)
-    backend = open_backend(scenario, mutant)
-    try:
-        recorder = Recorder(core.policy)
-        events = EventLog(recorder)
-        observers: list[Observer] = [events] if audit else []
-        with PlanLogWriter(plan_log, core.policy, scenario.model.vocab_size, script.eos_position) as log:
+    with Interrupt() as interrupt:
+        backend = open_backend(scenario, mutant)
+        try:
+            recorder = Recorder(core.policy)
+            events = EventLog(recorder)
+            log = PlanLogWriter(plan_log, core.policy, scenario.model.vocab_size, script.eos_position)
+            observers: list[Observer] = [events] if audit else []
             observers += [log] if plan_log is not None else []
             parts = Parts(
                 core=core,
@@ -118,21 +121,24 @@ def run(
                 auditor=build_auditor(scenario, core) if audit else None,
                 observers=observers,
             )
-            ending = _simulate(Engine(parts, stop_at_first=scenario.invariants.stop == "first", progress=progress))
-        described = dict(backend.describe())
-        cache_digest = None if ending.crash else cache_hash(backend, cache_spec(scenario))
-    finally:
-        backend.close()
-    summary = _summary(scenario, parts, ending, described)
-    summary["cache_hash"] = cache_digest
-    report = _report(scenario, parts, ending, summary, out)
-    summary.update(clocks.figures())
-    if out is not None:
-        if report.violations or ending.crash:
-            write_failure(out, scenario, report.violations, ending.crash, events.lines(), recorder)
-        write_record(out, recorder, summary)
-    if ending.trace_error is not None:
-        raise ending.trace_error
+            stop_at_first = scenario.invariants.stop == "first"
+            engine = Engine(parts, stop_at_first=stop_at_first, progress=progress, checkpoint=interrupt.check)
+            ending = _simulate(engine, log)
+            described = dict(backend.describe())
+            skipped = ending.crash is not None or ending.interrupted or interrupt.asked
+            cache_digest = None if skipped else cache_hash(backend, cache_spec(scenario))
+        finally:
+            backend.close()
+        summary = _summary(scenario, parts, ending, described)
+        summary["cache_hash"] = cache_digest
+        report = _report(scenario, parts, ending, summary, out)
+        summary.update(clocks.figures())
+        if out is not None:
+            if report.violations or ending.crash:
+                write_failure(out, scenario, report.violations, ending.crash, events.lines(), recorder)
+            write_record(out, recorder, summary)
+    if ending.error is not None:
+        raise ending.error
     return report
 
 
@@ -142,10 +148,21 @@ class _Ending:
     crash: str | None = None
     """What a part under test raised."""
     interrupted: bool = False
-    trace_error: TraceError | None = None
+    error: TraceError | PlanLogWriteError | None = None
+    """What is raised once the record is written."""
 
 
-def _simulate(engine: Engine) -> _Ending:
+def _simulate(engine: Engine, log: PlanLogWriter) -> _Ending:
+    ending = None
+    try:
+        with log:
+            ending = _played(engine)
+    except PlanLogWriteError as error:
+        return replace(ending or _Ending(engine.close()), error=error)
+    return ending
+
+
+def _played(engine: Engine) -> _Ending:
     try:
         engine.run()
         engine.judge_end()
@@ -154,7 +171,7 @@ def _simulate(engine: Engine) -> _Ending:
     except PartError as error:
         return _Ending(engine.close(), crash=str(error))
     except TraceError as error:
-        return _Ending(engine.close(), trace_error=error)
+        return _Ending(engine.close(), error=error)
     return _Ending(engine.close())
 
 
@@ -273,18 +290,27 @@ def _report(scenario: Scenario, parts: Parts, ending: _Ending, summary: dict[str
 
 
 def _verdict(checks: tuple[Check, ...], ending: _Ending) -> tuple[ExitCode, str]:
-    if ending.interrupted:
-        return ExitCode.INTERRUPTED, "interrupted"
-    if ending.trace_error is not None:
-        return ExitCode.USAGE, "trace wrong"
-    if ending.crash is not None:
-        return ExitCode.BROKE, "crashed"
     missed = [check for check in checks if not check.held]
+    cut_short = _cut_short(ending)
+    if cut_short is not None:
+        return cut_short
     if any(not check.objective for check in missed):
         return ExitCode.BROKE, "failed"
     if missed:
         return ExitCode.SLO, "objective missed"
     return ExitCode.HELD, "held"
+
+
+def _cut_short(ending: _Ending) -> tuple[ExitCode, str] | None:
+    if ending.interrupted:
+        return ExitCode.INTERRUPTED, "interrupted"
+    if isinstance(ending.error, TraceError):
+        return ExitCode.USAGE, "trace wrong"
+    if ending.crash is not None:
+        return ExitCode.BROKE, "crashed"
+    if ending.error is not None:
+        return ExitCode.INTERNAL, "plan log not written"
+    return None
 
 
 def package_versions() -> dict[str, str]:

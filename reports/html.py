@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from reports.diff import LATENCIES, figure
-from reports.record import RecordError, RunRecord, Violation
+from reports.record import RunRecord, Violation
 
 LATENCY_FIGURES = ("count", "mean", "std", "min", "p50", "p90", "p95", "p99", "p99_9", "max")
 EVENTS_SHOWN = 40
@@ -20,7 +20,8 @@ EVENTS_SHOWN = 40
 def write(run_folder: Path) -> Path:
     """Write run_folder/report.html and return its path; plots that are not there yet are drawn first.
 
-    The same record and plots give the same bytes. RecordError: the record cannot be read, or a file cannot be written.
+    The same record and plots give the same bytes. RecordError: the record cannot be read. OSError: a file
+    cannot be written; it is named.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
 
@@ -38,7 +39,7 @@ def write(run_folder: Path) -> Path:
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise RecordError(f"{path}: cannot be written ({error.strerror}); free the disk or move the run") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reports.record import RecordError, RunRecord, Series
+from reports.record import RunRecord, Series
 
 ENGINE, REQUESTS = 1, 2
 """Process ids of the two groups of tracks."""
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 def write(run_folder: Path) -> Path:
     """Write run_folder/trace.json.gz and return its path. The same record gives the same bytes.
 
-    RecordError: the record cannot be read, or the file cannot be written.
+    RecordError: the record cannot be read. OSError: the file cannot be written; it is named.
     """
     record = RunRecord.load(run_folder)
     path = record.folder / "trace.json.gz"
@@ -33,7 +33,7 @@ def write(run_folder: Path) -> Path:
     try:
         path.write_bytes(out.getvalue())
     except OSError as error:
-        raise RecordError(f"{path}: cannot be written ({error.strerror}); free the disk or move the run") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
 

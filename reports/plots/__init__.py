@@ -71,7 +71,8 @@ FORMATS = ("png", "svg")
 def draw(run_folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draw every plot of a run into run_folder/plots and return the files, in order.
 
-    The same record gives the same bytes. RecordError: the record cannot be read, or a file cannot be written.
+    The same record gives the same bytes. RecordError: the record cannot be read. OSError: a file cannot be
+    written; it is named.
     """
     unknown = [f for f in formats if f not in FORMATS]
     if unknown:
@@ -89,8 +90,6 @@ def draw(run_folder: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
                     folder.mkdir(exist_ok=True)
                     path.write_bytes(style.rendered(figure, form))
                 except OSError as error:
-                    raise RecordError(
-                        f"{path}: cannot be written ({error.strerror}); free the disk or move the run"
-                    ) from None
+                    raise OSError(error.errno, error.strerror, str(path)) from None
                 written.append(path)
     return written

@@ -31,7 +31,7 @@ def status_of(error: Exception) -> tuple[ExitCode, str]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in FULL:
-            return ExitCode.INTERNAL, f"{where}{error.strerror}; free some space or choose another folder with --out"
+            return ExitCode.INTERNAL, f"{where}{error.strerror}; free some space or write to another disk"
         return ExitCode.USAGE, f"{where}{error.strerror or error}; choose another file or folder"
     name = type(error).__name__
     return (

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-import typer
-
-from sim.cli import inspect_commands, record_commands, run_command, tool_commands
 from sim.exit_codes import ExitCode
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    import typer
 
-app = typer.Typer(
-    name="kvproof",
-    help="Proves paged-KV serving code by running it: real scheduler, real page manager, real cache writes, every step "
-    "checked.\n\nExample: kvproof run scenarios/quickstart.yaml",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for group in (run_command, record_commands, inspect_commands, tool_commands):
-    group.register(app)
+__all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,9 +20,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    # Even the command line's own imports take long enough for a Ctrl-C: they are inside the try.
     try:
-        app(args=arguments, prog_name="kvproof")
+        _app()(args=arguments, prog_name="kvproof")
     except SystemExit as end:
+        if _of_interrupt(end):
+            _say("interrupted")
         return end.code if isinstance(end.code, int) else ExitCode.HELD
     except KeyboardInterrupt:
         _say("interrupted")
@@ -42,6 +33,34 @@ def _run(arguments: list[str] | None) -> int:
     except Exception as error:
         return _failed(error)
     return ExitCode.HELD
+
+
+def _app() -> typer.Typer:
+    import typer
+
+    from sim.cli import inspect_commands, record_commands, run_command, tool_commands
+
+    app = typer.Typer(
+        name="kvproof",
+        help="Proves paged-KV serving code by running it: real scheduler, real page manager, real cache writes, every "
+        "step checked.\n\nExample: kvproof run scenarios/quickstart.yaml",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for group in (run_command, record_commands, inspect_commands, tool_commands):
+        group.register(app)
+    return app
+
+
+def _of_interrupt(end: SystemExit) -> bool:
+    """Whether typer made this exit of a KeyboardInterrupt: then nobody has said so yet."""
+    error: BaseException | None = end
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _failed(error: Exception) -> int:
@@ -55,4 +74,4 @@ def _failed(error: Exception) -> int:
 
 
 def _say(message: str) -> None:
-    typer.echo(message, err=True)
+    sys.stderr.write(message + "\n")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +151,7 @@ def test_a_full_disk_is_one_sentence(kvproof: Any, scenario: Path, monkeypatch: 
     monkeypatch.setattr(sim.run, "write_record", full)
     status, _, err = kvproof("run", scenario, "--no-plots")
     assert status == 3
-    assert err.strip() == "series.npz: No space left on device; free some space or choose another folder with --out"
+    assert err.strip() == "series.npz: No space left on device; free some space or write to another disk"
 
 
 def test_an_internal_error_hides_its_traceback_unless_asked(
@@ -181,6 +184,70 @@ def test_ctrl_c_saves_what_was_done_and_exits_with_130(
     assert status == 130
     assert (summary["verdict"], summary["steps"]) == ("interrupted", 7)
     assert json.loads(out)["trace_hash"] == summary["trace_hash"]
+
+
+def command(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """`kvproof` as a process of its own, with pipes."""
+    program = [sys.executable, "-m", "sim.cli", *map(str, arguments)]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_of_the_process_saves_the_record_and_exits_with_130(tmp_path: Path) -> None:
+    path, log, out = tmp_path / "long.yaml", tmp_path / "log.jsonl", tmp_path / "run"
+    dump_scenario(planned_only(workload__num_requests=500_000), path)
+    with command("run", path, "--no-plots", "--quiet", "--out", out, "--plan-log", log) as process:
+        while process.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    summary = json.loads((out / "summary.json").read_text())
+    assert (process.returncode, summary["verdict"]) == (130, "interrupted")
+    assert summary["steps"] > 0
+    assert summary["cache_hash"] is None
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_during_the_imports_of_the_command_line_is_one_word() -> None:
+    program = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from sim.cli import main\n"
+        "main(['list', 'invariants'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_outside_a_run_says_so(kvproof: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sim.scenario.schema_text", interrupted)
+    assert kvproof("schema") == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["full", "full.gz"])
+def test_a_full_disk_under_the_plan_log_leaves_the_record(name: str, kvproof: Any, scenario: Path) -> None:
+    Path(name).symlink_to("/dev/full")
+    status, _, err = kvproof("run", scenario, "--no-plots", "--quiet", "--out", "run", "--plan-log", name)
+    assert status == 3
+    assert err == f"{name}: No space left on device; free some space or write to another disk\n"
+    assert json.loads(Path("run/summary.json").read_text())["verdict"] == "plan log not written"
+
+
+def test_a_full_disk_under_the_plots_leaves_the_record(kvproof: Any, scenario: Path) -> None:
+    kvproof("run", scenario, "--no-plots", "--quiet", "--out", "run")
+    for file, drawn in (("report.html", "report"), ("plots/page_usage.png", "plot")):
+        path = Path("run") / file
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to("/dev/full")
+        status, _, err = kvproof(drawn, "run")
+        assert status == 3
+        assert err == f"{path}: No space left on device; free some space or write to another disk\n"
 
 
 def test_a_logged_run_can_be_judged(kvproof: Any, scenario: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +16,24 @@ from invariants.auditor import AuditConfig, Auditor
 from paged_attention.fingerprint import kv_base
 from paged_attention.plan import DeclaredPolicy, Effect, ModelRows, Request, StepOutcome, StepPlan
 from sim.planlog import SCHEMA, open_text
-from sim.planlog_lines import Line, LineError, effects_of, header_of, ints_of, object_of, parse, plan_of, text, whole
+from sim.planlog_lines import (
+    MAX_STEP_TOKENS,
+    Line,
+    LineError,
+    effects_of,
+    header_of,
+    ints_of,
+    object_of,
+    parse,
+    plan_of,
+    text,
+    whole,
+)
 from sim.record import Recorder
 from sim.script import NO_EOS
 
-MAX_ID: Final = 2**31 - 1
+MAX_TIME_NS: Final = 2**62
+"""Sums of two times are still int64."""
 
 
 class PlanLogError(Exception):
@@ -52,6 +67,8 @@ def judge(path: Path, config: AuditConfig | None = None) -> Judgement:
         raise PlanLogError(f"{path}:{number}: {error}") from None
     except UnicodeDecodeError as error:
         raise PlanLogError(f"{path}:{number + 1}: no UTF-8 text ({error.reason})") from None
+    except gzip.BadGzipFile:
+        raise PlanLogError(f"{path}: the name ends in .gz, but the file is not gzip; rename or compress it") from None
     except (EOFError, zlib.error) as error:
         raise PlanLogError(f"{path}:{number + 1}: the gzip stream is cut short or damaged ({error})") from None
     if judge_ is None:
@@ -91,7 +108,7 @@ class _Judge:
         if len(kinds) != 1:
             raise LineError(f"expected one of {', '.join(self._handlers)}, found {', '.join(line) or 'none'}")
         if "time_ns" in line:
-            now_ns = whole(line, "time_ns")
+            now_ns = whole(line, "time_ns", -MAX_TIME_NS, MAX_TIME_NS)
             if now_ns < self._now_ns:
                 raise LineError(f"time_ns: expected at least {self._now_ns}, the time before, found {now_ns}")
             self._now_ns = now_ns
@@ -99,11 +116,12 @@ class _Judge:
 
     def _submit(self, line: Line) -> None:
         what = object_of(line, "submit")
-        prompt = ints_of(what, "prompt") if "prompt" in what else np.ones(whole(what, "prompt_tokens"), np.int32)
-        seed = whole(what, "seed") if "seed" in what else 0
-        request = Request(whole(what, "id"), prompt, whole(what, "max_tokens"), seed=seed)
-        if not 0 <= request.id <= MAX_ID:
-            raise LineError(f"submit.id: expected 0 to {MAX_ID}, found {request.id}")
+        if "prompt" in what:
+            prompt = ints_of(what, "prompt")
+        else:
+            prompt = np.ones(whole(what, "prompt_tokens", 0, MAX_STEP_TOKENS), np.int32)
+        seed = whole(what, "seed", -(2**63), 2**63 - 1) if "seed" in what else 0
+        request = Request(whole(what, "id", 0), prompt, whole(what, "max_tokens"), seed=seed)
         self._seeds[request.id] = seed & 0xFFFFFFFF
         self._eos_positions[request.id] = whole(what, "eos_position") if "eos_position" in what else NO_EOS
         if "refused" in line:
@@ -175,9 +193,12 @@ class _Judge:
 
     def _end(self, line: Line) -> None:
         pending = object_of(object_of(line, "end"), "pending")
+        for key in pending:
+            if not re.fullmatch(r"[0-9]{1,10}", key):
+                raise LineError(f"end.pending: expected request ids as keys, found {key!r:.60}")
+        why = {int(key): text(pending, key) for key in pending}
         self.complete = True
-        totals = self.recorder.totals(self._now_ns)
-        self.auditor.finished(self._now_ns, {int(k): str(v) for k, v in pending.items()}, None, None, totals)
+        self.auditor.finished(self._now_ns, why, None, None, self.recorder.totals(self._now_ns))
 
     def _ends(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:

@@ -67,11 +67,98 @@ def edited(lines: list[str], kind: str, change: Callable[[dict[str, Any]], objec
     return "\n".join([*lines[:index], json.dumps(line), *lines[index + 1 :]]), index + 1
 
 
+def set_policy(name: str, value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda line: line["policy"].update({name: value})
+
+
 MALFORMED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "another schema": ("schema", lambda line: line.update(schema="v0"), "expected a header with schema"),
     "unknown policy": ("policy", lambda line: line["policy"].update(pages=3), "policy: unknown pages; known are"),
     "policy without a size": ("policy", lambda line: line["policy"].pop("page_size"), "page_size"),
     "no page": ("policy", lambda line: line["policy"].update(num_pages=0), "policy.num_pages: expected a whole"),
+    "a text for the lag": ("policy", set_policy("lag", "x"), "policy.lag: expected a whole number, found 'x'"),
+    "nothing for the lag": ("policy", set_policy("lag", None), "policy.lag: expected a whole number, found None"),
+    "an object for a word": (
+        "policy",
+        set_policy("free_list", {}),
+        "policy.free_list: expected 'fifo', 'lifo', 'lowest' or 'any', found {}",
+    ),
+    "true for a number": (
+        "policy",
+        set_policy("page_size", True),
+        "policy.page_size: expected a whole number, found True",
+    ),
+    "a number for true": ("policy", set_policy("fence", 1), "policy.fence: expected true or false, found 1"),
+    "a list for a number": (
+        "policy",
+        set_policy("lookahead", []),
+        "policy.lookahead: expected a whole number, found []",
+    ),
+    "a text for a number of tokens": (
+        "policy",
+        set_policy("max_step_tokens", "x"),
+        "policy.max_step_tokens: expected a whole number, found 'x'",
+    ),
+    "nothing for a number": (
+        "policy",
+        set_policy("max_prefill_rows", None),
+        "policy.max_prefill_rows: expected a whole number, found None",
+    ),
+    "a batch beyond all bounds": (
+        "policy",
+        set_policy("batch_size", 2**31),
+        "policy.batch_size: expected a whole number from 1 to 65536, found 2147483648",
+    ),
+    "a pool beyond all bounds": (
+        "policy",
+        set_policy("num_pages", 2**24 + 1),
+        "policy.num_pages: expected a whole number from 1 to 16777216, found 16777217",
+    ),
+    "a length beyond all bounds": (
+        "policy",
+        set_policy("max_sequence_length", 2**31 - 1),
+        "policy.max_sequence_length: expected a whole number from 1 to 16777216, found 2147483647",
+    ),
+    "bounds that multiply": (
+        "policy",
+        lambda line: line["policy"].update(batch_size=2**16, max_sequence_length=2**24),
+        "policy: expected batch_size * max_sequence_length of at most 1073741824, found 1099511627776",
+    ),
+    "pages that multiply": (
+        "policy",
+        lambda line: line["policy"].update(num_pages=2**24, page_size=2**24),
+        "policy: expected num_pages * page_size of at most 1073741824, found 281474976710656",
+    ),
+    "no vocabulary": (
+        "policy",
+        lambda line: line.update(vocab_size=0),
+        "vocab_size: expected a whole number from 2 to 2147483647, found 0",
+    ),
+    "time beyond int64": (
+        "apply",
+        lambda line: line.update(time_ns=10**19),
+        f"time_ns: expected a whole number from {-(2**62)} to {2**62}, found {10**19}",
+    ),
+    "a prompt of less than nothing": (
+        "submit",
+        lambda line: (line["submit"].pop("prompt"), line["submit"].update(prompt_tokens=-1)),
+        "prompt_tokens: expected a whole number from 0 to 16777216, found -1",
+    ),
+    "a pending request without a number": (
+        "end",
+        lambda line: line["end"].update(pending={"abc": "x"}),
+        "end.pending: expected request ids as keys, found 'abc'",
+    ),
+    "a pending request without a reason": (
+        "end",
+        lambda line: line["end"].update(pending={"1": 2}),
+        "1: expected a text, found 2",
+    ),
+    "a step of less than nothing": (
+        "plan",
+        lambda line: line["plan"].update(count=[-3]),
+        "plan.count: expected a sum from 0 to 16777216, found -3",
+    ),
     "no kind": ("plan", lambda line: line.pop("plan"), "expected one of submit, cancel, plan"),
     "no rows": ("plan", lambda line: line["plan"].pop("slot"), "expected the key 'slot'"),
     "too few rows": ("plan", lambda line: line["plan"]["slot"].append(1), "plan.slot: expected 1 entries"),
@@ -87,7 +174,11 @@ MALFORMED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "apply before its outcome": ("apply", lambda line: line.update(apply=7), "whose outcome came last"),
     "time that runs backwards": ("apply", lambda line: line.update(time_ns=-1), "time_ns: expected at least"),
     "a request without an id": ("submit", lambda line: line["submit"].pop("id"), "expected the key 'id'"),
-    "a negative id": ("submit", lambda line: line["submit"].update(id=-4), "submit.id: expected 0 to"),
+    "a negative id": (
+        "submit",
+        lambda line: line["submit"].update(id=-4),
+        "id: expected a whole number from 0 to 2147483647, found -4",
+    ),
 }
 
 
@@ -126,6 +217,14 @@ def test_a_gzip_that_is_cut_short_is_named(good: list[str], tmp_path: Path) -> N
     log.write_bytes(gzip.compress("\n".join(good).encode())[:-200])
     with pytest.raises(PlanLogError, match="cut short"):
         judge(log)
+
+
+def test_a_gz_that_is_no_gzip_is_named(good: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl.gz"
+    log.write_text("\n".join(good))
+    with pytest.raises(PlanLogError) as caught:
+        judge(log)
+    assert str(caught.value) == f"{log}: the name ends in .gz, but the file is not gzip; rename or compress it"
 
 
 def test_nothing_may_follow_the_end(good: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from jaxtyping import Int64
 
-from sim.run import Report, run
+from sim.run import Report, run_whole
 from sim.scenario import Scenario
 from sim.workload import Arrival, Workload
 
@@ -138,10 +138,10 @@ def _measure(asked: Scenario, repeats: int, tell: Callable[[str], None]) -> Meas
     runs: list[Measured] = []
     first_seconds = 0.0
     if asked.backend.kind == "jax":
-        first_seconds = run(asked, workload=workload()).summary["duration_cpu_seconds"]
+        first_seconds = run_whole(asked, workload=workload()).summary["duration_cpu_seconds"]
     before = spin()
     for repeat in range(repeats):
-        report = run(asked, workload=workload())
+        report = run_whole(asked, workload=workload())
         after = spin()
         runs.append(Measured(report, report.summary["duration_cpu_seconds"], (before + after) / 2))
         tell(f"run {repeat + 1} of {repeats}: {runs[-1].spins:.2f} spins")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from sim.run import Report, run
+from sim.run import Report, run_whole
 from sim.run_folder import FAILURE, SCENARIO, SUMMARY, VIOLATIONS, read_json, read_step_hashes
 from sim.scenario import Scenario, load_scenario
 from sim.trace_hash import DIGEST_BYTES, first_difference
@@ -59,7 +59,7 @@ def load_recorded(path: Path) -> Recorded:
     """
     scenario = scenario_of(path)
     if path.is_file():
-        return _of_report(run(scenario))
+        return _of_report(run_whole(scenario))
     for name, read in ((SUMMARY, _of_run), (VIOLATIONS, _of_failure)):
         if (path / name).is_file():
             try:
@@ -91,8 +91,8 @@ def _pairs(found: dict[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def replay(recorded: Recorded) -> Comparison:
-    """Run it again and compare."""
-    report = run(recorded.scenario)
+    """Run it again and compare. KeyboardInterrupt: Ctrl-C ended the run."""
+    report = run_whole(recorded.scenario)
     again = _of_report(report)
     differences: list[str] = []
     step = first_difference(recorded.step_hashes, again.step_hashes)

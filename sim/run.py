@@ -142,6 +142,14 @@ def run(
     return report
 
 
+def run_whole(scenario: Scenario, workload: Workload | None = None) -> Report:
+    """`run` for those who have no use for a part of one. KeyboardInterrupt: Ctrl-C ended it."""
+    report = run(scenario, workload=workload)
+    if report.exit_code == ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    return report
+
+
 @dataclass(frozen=True, slots=True)
 class _Ending:
     end_ns: int

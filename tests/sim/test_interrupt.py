@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import sim.run
 from sim.exit_codes import ExitCode
 from sim.interrupt import Interrupt
+from sim.replay import load_recorded, replay
 from sim.run import run
 from tests.sim.run_parts import planned_only
 
@@ -42,9 +44,13 @@ def test_a_ctrl_c_that_nobody_checked_is_raised_at_the_end() -> None:
 
 
 def test_an_error_is_not_hidden_by_a_ctrl_c() -> None:
-    with pytest.raises(ZeroDivisionError), Interrupt():
-        ctrl_c()
-        raise ZeroDivisionError
+    def failing() -> None:
+        with Interrupt():
+            ctrl_c()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
 
 
 def test_the_handler_is_given_back() -> None:
@@ -69,6 +75,15 @@ def test_a_run_outside_the_main_thread_needs_no_handler() -> None:
     thread.start()
     thread.join()
     assert codes == [ExitCode.HELD]
+
+
+def test_a_replay_that_ctrl_c_ends_compares_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run(planned_only(workload__num_requests=3), out=tmp_path)
+    recorded = load_recorded(tmp_path)
+    original = sim.run.open_backend
+    monkeypatch.setattr(sim.run, "open_backend", lambda *arguments: (ctrl_c(), original(*arguments))[1])
+    with pytest.raises(KeyboardInterrupt):
+        replay(recorded)
 
 
 def test_a_ctrl_c_while_the_backend_opens_ends_the_run_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ USER_ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown id": (["explain", "Q99"], 2, "there is no invariant or mutant 'Q99'"),
     "unknown case": (["bench", "--only", "x"], 2, "no case 'x'"),
     "an existing file": (["init", "small.yaml"], 2, "small.yaml exists already"),
-    "no scenarios": (["list", "scenarios"], 5, "no scenarios found in scenarios"),
+    "no scenarios": (["list", "scenarios", "--folder", "nowhere"], 5, "no scenarios found in nowhere"),
 }
 
 

@@ -49,6 +49,8 @@ def parse(row: str) -> Line:
         line = json.loads(row)
     except json.JSONDecodeError as error:
         raise LineError(f"column {error.colno}: no JSON ({error.msg})") from None
+    except (RecursionError, ValueError):
+        raise LineError("expected JSON, found lists nested too deeply or a number of thousands of digits") from None
     if not isinstance(line, dict):
         raise LineError(f"expected an object, found {type(line).__name__}")
     return cast("Line", line)
@@ -86,6 +88,8 @@ def _policy(what: Line) -> DeclaredPolicy:
 
 
 def _policy_error(item: ErrorDetails) -> LineError:
+    if not item["loc"]:
+        return LineError("policy: expected valid Unicode, found half of a surrogate pair")
     key = f"policy.{item['loc'][0]}"
     if item["type"] == "missing":
         return LineError(f"{key}: the key is missing")

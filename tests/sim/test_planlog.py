@@ -159,6 +159,11 @@ MALFORMED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         lambda line: line["plan"].update(count=[-3]),
         "plan.count: expected a sum from 0 to 16777216, found -3",
     ),
+    "half a character": (
+        "policy",
+        set_policy("mix", "\ud800"),
+        "policy: expected valid Unicode, found half of a surrogate pair",
+    ),
     "no kind": ("plan", lambda line: line.pop("plan"), "expected one of submit, cancel, plan"),
     "no rows": ("plan", lambda line: line["plan"].pop("slot"), "expected the key 'slot'"),
     "too few rows": ("plan", lambda line: line["plan"]["slot"].append(1), "plan.slot: expected 1 entries"),
@@ -202,6 +207,8 @@ def test_a_malformed_line_is_named_with_what_is_wrong(case: str, good: list[str]
         (b"{", ":1: column 2: no JSON"),
         (b"[]", ":1: expected an object, found list"),
         (b"\xff\xfe", ":1: no UTF-8"),
+        (b"[" * 200_000, ":1: expected JSON, found lists nested too deeply or a number of thousands of digits"),
+        (b"1" * 5000, ":1: expected JSON, found lists nested too deeply or a number of thousands of digits"),
     ],
 )
 def test_a_file_that_is_no_log_is_named(content: bytes, message: str, tmp_path: Path) -> None:

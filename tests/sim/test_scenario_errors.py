@@ -336,6 +336,8 @@ def test_a_missing_trace_names_the_key_and_the_whole_path(folder: Path) -> None:
             "80.0",
         ),
         ("page_size: 4", "page_size: 2147483647", "4:9: cache.page_size", "9504.0"),
+        ("prefill_chunk: 8", "prefill_chunk: 2000000000", "3:23: core.prefill_chunk", "29.8"),
+        ("num_requests: 50", "num_requests: 2000000000", "9:3: workload.num_requests", "186.3"),
         ("kv_heads: 2", "kv_heads: 2147483647", "4:63: cache.kv_heads", "16896.0"),
     ],
 )

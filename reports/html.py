@@ -23,7 +23,7 @@ def write(run_folder: Path) -> Path:
     The same record and plots give the same bytes. RecordError: the record cannot be read. OSError: a file
     cannot be written; it is named.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     record = RunRecord.load(run_folder)
     environment = Environment(
@@ -140,7 +140,7 @@ def _last_lines(path: Path) -> str:
 
 def _plots(record: RunRecord) -> list[tuple[str, str, str]]:
     """Title, caption and SVG (base64) of every plot."""
-    from reports.plots import PLOTS, draw  # noqa: PLC0415
+    from reports.plots import PLOTS, draw
 
     files = {plot.stem: record.folder / "plots" / f"{plot.stem}.svg" for plot in PLOTS}
     if not all(path.is_file() for path in files.values()):

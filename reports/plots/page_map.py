@@ -59,7 +59,7 @@ def owners(
 
 def colours() -> Float64[np.ndarray, "colours 3"]:
     """The colours that requests take in turn, by id."""
-    from matplotlib.colors import to_rgb  # noqa: PLC0415
+    from matplotlib.colors import to_rgb
 
     hues = np.array([to_rgb(hue) for hue in HUES])
     return np.concatenate([1.0 - tint * (1.0 - hues) for tint in TINTS])
@@ -129,8 +129,8 @@ def panel(axes: Axes, series: Series, time: style.TimeAxis) -> None:
 
 def legend(axes: Axes, series: Series) -> None:
     """What the colours mean, and how the pages were chosen."""
-    from matplotlib.legend_handler import HandlerTuple  # noqa: PLC0415
-    from matplotlib.patches import Patch  # noqa: PLC0415
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
 
     palette = colours()
     shown = min(series.allocatable_pages, GRID_PAGES)

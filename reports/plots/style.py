@@ -70,7 +70,7 @@ RC: dict[RcKeyType, Any] = {
 @contextmanager
 def applied() -> Generator[None]:
     """The style as a context, free of the user's own settings; figures are made and saved inside it."""
-    import matplotlib as mpl  # noqa: PLC0415
+    import matplotlib as mpl
 
     with mpl.rc_context():
         mpl.rcdefaults()
@@ -137,7 +137,7 @@ def sheet(
     share: bool = True,
 ) -> tuple[Figure, list[Axes]]:
     """A titled figure of rows x columns axes (in reading order), `height` inches high."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, height))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - HEADER_INCHES / height))
@@ -240,7 +240,7 @@ def legend_above(axes: Axes) -> None:
 
 def whole_numbers(axes: Axes) -> None:
     """Let the y axis of a count show whole numbers only."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -248,7 +248,7 @@ def whole_numbers(axes: Axes) -> None:
 
 def plain_log_ticks(axes: Axes) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, written out."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -268,8 +268,8 @@ def rendered(figure: Figure, form: str) -> bytes:
 
     The canvas is asked directly: Figure.savefig draws everything twice to find a layout that is settled already.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.BytesIO()
     if form == "png":

@@ -151,7 +151,7 @@ def bars(
     axes: Axes, row: np.ndarray, left: np.ndarray, right: np.ndarray, *, name: str, colour: str, hatch: str
 ) -> None:
     """Horizontal bars from left to right, one in each row given."""
-    from matplotlib.collections import PolyCollection  # noqa: PLC0415
+    from matplotlib.collections import PolyCollection
 
     x = np.stack([left, right, right, left], axis=1)
     y = row[:, None] + np.array([-0.4, -0.4, 0.4, 0.4])

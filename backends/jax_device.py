@@ -52,7 +52,7 @@ class DispatchedStep:
 class JaxBackend:
     """Executes plans on a CPU, GPU or TPU, on one device or with the heads sharded over a mesh.
 
-    Plans with `native` go through the two halves of `build_input`, the views' write methods and `prepare_model_output`, with a decode
+    Plans with `native` go through `build_input`, the views' write methods and `prepare_model_output`, with a decode
     batch that stays on the device; others (and all with road "rows") are executed from their rows. On one CPU device
     `open` makes JAX's client with one thread (`jax_devices.one_thread`), if nobody has made it yet.
     """

@@ -30,7 +30,7 @@ TARGETS: Final[dict[str, float | None]] = {
     "jax_cpu": 13.0,
     "jax_cpu_reader": None,
 }
-"""In spins. jax_cpu runs both halves of build_input in the step, jax_cpu_rows from the neutral rows of the plan; both write
+"""In spins. jax_cpu goes through build_input (both halves), jax_cpu_rows from the neutral rows of the plan; both write
 and have the placement checked in every step. jax_cpu_reader also reads every live token in every step: no target."""
 
 

@@ -25,7 +25,7 @@ from sim.expect import Check, check_expectations
 from sim.faults import FaultSchedule
 from sim.interrupt import Interrupt
 from sim.metrics import run_figures
-from sim.mutants import Mutant, find_mutant
+from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
 from sim.planlog import PlanLogWriteError, PlanLogWriter
 from sim.record import Recorder
@@ -93,8 +93,21 @@ def run(
     PlanLogWriteError: it does not take the plan log, but the record is written. Ctrl-C ends the run after its step, and
     the report says so; a second one raises KeyboardInterrupt at once, as does one that comes after the last step.
     """
-    clocks = _Clocks()
     mutant = find_mutant(scenario.plant) if scenario.plant else None
+    with planted(mutant):
+        return _run(scenario, mutant, out, progress, plan_log, workload, audit)
+
+
+def _run(
+    scenario: Scenario,
+    mutant: Mutant | None,
+    out: Path | None,
+    progress: Callable[[Progress], None] | None,
+    plan_log: Path | None,
+    workload: Workload | None,
+    audit: bool,
+) -> Report:
+    clocks = _Clocks()
     core = build_core(scenario, mutant)
     script = RequestScript(scenario, prompt_tokens)
     if workload is None:

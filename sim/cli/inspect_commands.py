@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from sim.cli.options import AsJson, exits
 from sim.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from sim.mutants import Mutant
 
 SCENARIO_FOLDER: Final = Path("scenarios")
 LIBRARY: Final = Path(__file__).parents[2] / "scenarios"
@@ -96,7 +99,15 @@ def mutants() -> dict[str, str]:
     """Name of every planted bug, what it does, and who must notice."""
     from sim.mutants import MUTANTS
 
-    return {name: f"{mutant.sentence} Expected: {mutant.expected}." for name, mutant in MUTANTS.items()}
+    return {name: f"{mutant.sentence} {_fate(mutant)}." for name, mutant in MUTANTS.items()}
+
+
+def _fate(mutant: Mutant) -> str:
+    if mutant.benign:
+        return "Legal: nobody may complain"
+    if not mutant.applicable:
+        return f"Not applicable yet: {mutant.waits_for}"
+    return f"Caught by {' or '.join(mutant.caught_by)}"
 
 
 def explain(
@@ -110,13 +121,15 @@ def explain(
     from invariants.catalogue import CATALOGUE
     from sim.mutants import MUTANTS
 
-    invariant, mutant = CATALOGUE.get(name.upper()), MUTANTS.get(name.lower())
+    invariant = CATALOGUE.get(name.upper())
+    mutant = next((found for known, found in MUTANTS.items() if known.lower() == name.lower()), None)
     if invariant is not None:
         fields = {"id": invariant.id, "statement": invariant.statement, "why": invariant.why, "checked": invariant.when}
         if not invariant.active:
             fields["checked"] = f"not yet: {invariant.waits_for}"
     elif mutant is not None:
-        fields = {"id": mutant.name, "planted bug": mutant.sentence, "first noticed by": mutant.expected}
+        kind = "benign variant" if mutant.benign else "planted bug"
+        fields = {"id": mutant.id, kind: mutant.sentence, "fate": _fate(mutant), "seen by": mutant.where}
     else:
         close = get_close_matches(name, [*CATALOGUE, *MUTANTS], n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see kvproof list invariants"

@@ -1,5 +1,6 @@
-"""Planted bugs, each a wrapper around the real core or backend, to prove that the invariants notice them."""
+"""Planted bugs in the code under test, which the invariants must notice, and legal variants, which they must not."""
 
-from sim.mutants.registry import MUTANTS, Mutant, UnknownMutantError, find_mutant
+from sim.mutants.mutant import Mutant
+from sim.mutants.registry import CANARY, MUTANTS, UnknownMutantError, find_mutant, planted
 
-__all__ = ["MUTANTS", "Mutant", "UnknownMutantError", "find_mutant"]
+__all__ = ["CANARY", "MUTANTS", "Mutant", "UnknownMutantError", "find_mutant", "planted"]

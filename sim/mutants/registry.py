@@ -1,58 +1,44 @@
-"""All planted bugs by name: what each does wrong, and which invariant must be the first to say so."""
+"""All planted bugs and benign variants by id."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Final
 
-from backends.protocol import Backend
-from sim.cores.protocol import ServingCore
-from sim.mutants.backends import WrongOffset
-from sim.mutants.cores import DoubleAllocation, LeakOnFinish
+from sim.mutants import benign, model_io, own, pages, schedule, seed, tables, verifier, wrapped, writes
+from sim.mutants.edit import applied
+from sim.mutants.mutant import Mutant
 
+FAMILIES: Final = (wrapped, pages, tables, writes, schedule, model_io, verifier, seed, own, benign)
 
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """A planted bug: it wraps the core or the backend, never both."""
+MUTANTS: Final[dict[str, Mutant]] = {mutant.id: mutant for family in FAMILIES for mutant in family.MUTANTS}
+"""Planted bugs and benign variants, family by family."""
 
-    name: str
-    sentence: str
-    expected: str
-    """The invariant that is expected to fire first."""
-    core: Callable[[ServingCore], ServingCore] | None = None
-    backend: Callable[[Backend], Backend] | None = None
+CANARY: Final = "double-allocation"
+"""The planted bug that every fuzz and selftest must find first: if it survives, the verifier is broken."""
 
 
 class UnknownMutantError(Exception):
-    """No mutant has that name; the message suggests one."""
-
-
-MUTANTS: Final[dict[str, Mutant]] = {
-    mutant.name: mutant
-    for mutant in (
-        Mutant("leak-on-finish", "A finished request gives back all its pages but the last.", "P10", core=LeakOnFinish),
-        Mutant(
-            "double-allocation",
-            "A page that another request owns is handed out a second time.",
-            "P1",
-            core=DoubleAllocation,
-        ),
-        Mutant(
-            "wrong-offset",
-            "Decodes write their K/V one place behind the right one in its page.",
-            "K1",
-            backend=WrongOffset,
-        ),
-    )
-}
+    """No mutant has that name, or it cannot be planted yet; the message suggests one."""
 
 
 def find_mutant(name: str) -> Mutant:
-    """The mutant of that name. UnknownMutantError: there is none."""
-    if name in MUTANTS:
-        return MUTANTS[name]
-    close = get_close_matches(name, MUTANTS, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(sorted(MUTANTS))}"
-    raise UnknownMutantError(f"plant: there is no mutant '{name}'; {hint}")
+    """The mutant of that id, case ignored. UnknownMutantError: there is none, or it waits for a feature."""
+    by_name = {known.lower(): mutant for known, mutant in MUTANTS.items()}
+    mutant = by_name.get(name.lower())
+    if mutant is None:
+        close = get_close_matches(name.lower(), by_name, n=1)
+        hint = f"did you mean '{by_name[close[0]].id}'?" if close else "see kvproof list mutants"
+        raise UnknownMutantError(f"plant: there is no mutant '{name}'; {hint}")
+    if not mutant.applicable:
+        raise UnknownMutantError(f"plant: mutant {mutant.id} cannot be planted yet: it waits for {mutant.waits_for}")
+    return mutant
+
+
+@contextmanager
+def planted(mutant: Mutant | None) -> Generator[None]:
+    """Run the body with the mutant's edits in force; wrappers are the builder's part."""
+    with applied(mutant.edits if mutant is not None else ()):
+        yield

@@ -314,7 +314,7 @@ def test_scenarios_are_listed_with_their_purpose(kvproof: Any) -> None:
 
 def test_invariants_and_mutants_are_explained(kvproof: Any) -> None:
     assert "why: " in kvproof("explain", "p1")[1]
-    assert "first noticed by: P10" in kvproof("explain", "leak-on-finish")[1]
+    assert "Caught by P10" in kvproof("explain", "leak-on-finish")[1]
 
 
 def test_the_doctor_names_devices_and_what_missing_extras_would_give(kvproof: Any) -> None:

@@ -1,59 +1,17 @@
-"""Planted bugs in the page manager, seen from outside: a wrapper changes what the real core says it did."""
+"""Planted bugs that wrap whatever core or backend runs, ours or another: the first three to try on code of your own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 
-from paged_attention.plan import CoreSnapshot, DeclaredPolicy, Effect, Request, StepOutcome, StepPlan
+import numpy as np
+
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec, Pending
+from paged_attention.plan import Effect, ModelRows, StepOutcome, StepPlan
+from sim.backend_wrapper import BackendWrapper
 from sim.cores.protocol import ServingCore
-
-
-class CoreWrapper:
-    """A serving core that passes everything on; a mutant overrides what it breaks."""
-
-    def __init__(self, core: ServingCore) -> None:
-        self.core = core
-
-    @property
-    def policy(self) -> DeclaredPolicy:
-        """See ServingCore."""
-        return self.core.policy
-
-    def submit(self, request: Request) -> tuple[Effect, ...]:
-        """See ServingCore."""
-        return self.core.submit(request)
-
-    def cancel(self, request: int) -> tuple[Effect, ...]:
-        """See ServingCore."""
-        return self.core.cancel(request)
-
-    def plan(self) -> StepPlan | None:
-        """See ServingCore."""
-        return self.core.plan()
-
-    def apply(self, outcome: StepOutcome) -> tuple[Effect, ...]:
-        """See ServingCore."""
-        return self.core.apply(outcome)
-
-    def abandon(self, step: int) -> tuple[Effect, ...]:
-        """See ServingCore."""
-        return self.core.abandon(step)
-
-    def pending(self) -> Mapping[int, str]:
-        """See ServingCore."""
-        return self.core.pending()
-
-    def snapshot(self) -> CoreSnapshot:
-        """See ServingCore."""
-        return self.core.snapshot()
-
-    def fork(self) -> ServingCore:
-        """A wrapper of the same kind, in the same state, around a fork."""
-        twin = type(self)(self.core.fork())
-        vars(twin).update({name: deepcopy(value) for name, value in vars(self).items() if name != "core"})
-        return twin
+from sim.mutants.core_wrapper import CoreWrapper
+from sim.mutants.mutant import Mutant
 
 
 class LeakOnFinish(CoreWrapper):
@@ -111,3 +69,39 @@ class DoubleAllocation(CoreWrapper):
             if effect.kind == "freed":
                 for page in effect.pages:
                     self._owned.pop(page, None)
+
+
+class WrongOffset(BackendWrapper):
+    """Decode rows are executed at offset (position + 1) % page_size of the right page."""
+
+    _page_size = 1
+
+    def open(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
+        """Remember the page size."""
+        self._page_size = cache.page_size
+        self.backend.open(cache, model, devices)
+
+    def execute(self, plan: StepPlan, rows: ModelRows) -> Pending:
+        """Execute the plan's rows, decodes shifted by one within their page."""
+        size = self._page_size
+        in_page = plan.start % size
+        shifted = np.where(plan.slot >= 0, plan.start - in_page + (in_page + 1) % size, plan.start).astype(np.int32)
+        return self.backend.execute(replace(plan, start=shifted, native=None), rows)
+
+
+MUTANTS = (
+    Mutant("leak-on-finish", "A finished request gives back all its pages but the last.", ("P10",), core=LeakOnFinish),
+    Mutant(
+        "double-allocation",
+        "A page that another request owns is handed out a second time.",
+        ("P1",),
+        core=DoubleAllocation,
+    ),
+    Mutant(
+        "wrong-offset",
+        "Decodes write their K/V one place behind the right one in its page.",
+        ("K1",),
+        where="device",
+        backend=WrongOffset,
+    ),
+)

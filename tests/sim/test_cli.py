@@ -54,7 +54,21 @@ def test_help_needs_neither_jax_nor_matplotlib_nor_simpy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "plot", "report", "diff", "replay", "judge", "list", "explain", "init", "schema", "doctor", "bench"],
+    [
+        "run",
+        "plot",
+        "report",
+        "diff",
+        "replay",
+        "judge",
+        "list",
+        "explain",
+        "init",
+        "schema",
+        "doctor",
+        "bench",
+        "selftest",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str, kvproof: Any) -> None:
     status, out, _ = kvproof(command, "--help")

@@ -1,0 +1,119 @@
+"""What becomes of one mutant: the work of one job, done in a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sim.mutants import find_mutant
+from sim.run import run
+from sim.selftest.drivers import Shown, drive, drivers_of, gauntlet, judged, scenario_of, shown
+
+LIMIT_SECONDS: Final = {"host": 10.0, "device": 60.0, "deep": 60.0}
+"""Seconds in which a mutant must be noticed, by what it takes to see it."""
+
+
+class TooLongError(BaseException):
+    """A job took longer than it may; no `except Exception` on the way may take it for a crash of the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a mutant."""
+
+    id: str
+    where: str
+    killed_by: str
+    driver: str
+    steps: int
+    seconds: float
+    """Wall seconds until it was noticed, compiling included."""
+    fired: tuple[str, ...] = ()
+    """Every id that fires where the run goes on."""
+    replayed: bool = True
+    """The same violation at the same step with the same hash in a second run."""
+    complaint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fate as a dict of JSON values."""
+        return {
+            "id": self.id,
+            "applicable": True,
+            "killed_by": self.killed_by or None,
+            "driver": self.driver,
+            "seconds": round(self.seconds, 3),
+            "steps": self.steps,
+            "where": self.where,
+            "fired": list(self.fired),
+            "replayed": self.replayed,
+            "complaint": self.complaint,
+        }
+
+
+def kill(mutant_id: str) -> Fate:
+    """Drive a mutant until somebody notices, then once more to see that it replays and who else notices."""
+    mutant = find_mutant(mutant_id)
+    start = time.perf_counter()
+    last = Shown("")
+    try:
+        with _at_most(3 * LIMIT_SECONDS[mutant.where]):
+            for driver in drivers_of(mutant):
+                last = drive(mutant, driver)
+                if last.killed_by:
+                    break
+            seconds = time.perf_counter() - start
+            if not last.killed_by:
+                return Fate(mutant_id, mutant.where, "", last.driver, 0, seconds)
+            again = drive(mutant, last.driver, stop="never")
+    except TooLongError as error:
+        return Fate(mutant_id, mutant.where, "", last.driver, 0, time.perf_counter() - start, complaint=str(error))
+    same = (again.killed_by, again.steps) == (last.killed_by, last.steps) and again.digests.startswith(last.digests)
+    return Fate(
+        mutant_id, mutant.where, last.killed_by, last.driver, last.steps, seconds, again.fired, same, last.complaint
+    )
+
+
+def alarms(mutant_id: str) -> list[str]:
+    """What the judge says of a legal variant, driver by driver: it should be nothing."""
+    mutant = find_mutant(mutant_id)
+    names = gauntlet("host-") + (gauntlet("device-") if mutant.where == "device" else ())
+    found: list[str] = []
+    for name in names:
+        seen = shown(name, run(judged(scenario_of(name), mutant_id)))
+        if seen.killed_by:
+            found.append(f"{mutant_id} in {name}: {seen.complaint}")
+    return found
+
+
+def killed_alone(invariant: str, candidates: tuple[tuple[str, str], ...]) -> str:
+    """The first of the (mutant, driver) pairs that is noticed with `invariant` alone on, or ""."""
+    for mutant_id, driver in candidates:
+        mutant = find_mutant(mutant_id)
+        try:
+            with _at_most(LIMIT_SECONDS[mutant.where]):
+                seen = drive(mutant, driver, only=frozenset({invariant}))
+        except TooLongError:
+            continue
+        if seen.killed_by == invariant:
+            return mutant_id
+    return ""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Generator[None]:
+    """Raise TooLongError in the body after so many wall seconds; without effect outside the main thread's process."""
+
+    def expire(signum: int, frame: object) -> None:
+        raise TooLongError(f"not noticed within {seconds:g} s: the code under test hangs")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,75 @@
+"""The selftest itself: what is noticed is said, and what is not noticed is said too."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sim.cli import main
+from sim.mutants import MUTANTS, registry
+from sim.mutants.edit import Edit
+from sim.mutants.mutant import Mutant
+from sim.selftest import Selftest, campaign
+from sim.selftest.drivers import drivers_of
+from sim.selftest.fate import alarms, kill, killed_alone
+
+PAGES = "paged_attention.pages:HBMPageManager"
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    monkeypatch.setitem(registry.MUTANTS, mutant.id, mutant)
+
+
+def test_a_killed_mutant_names_who_noticed_where_and_after_how_many_steps_and_replays() -> None:
+    fate = kill("MP01")
+    assert (fate.killed_by, fate.driver, fate.replayed) == ("P3", drivers_of(MUTANTS["MP01"])[0], True)
+    assert fate.steps >= 0
+    assert "P3" in fate.fired
+    assert "page 0" in fate.complaint
+
+
+def test_a_bug_that_nobody_notices_survives_and_fails_the_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = Edit(f"{PAGES}.pages_for", "-(-num_tokens", "0 - (-num_tokens")
+    plant(monkeypatch, Mutant("KX01", "Changes nothing.", ("P1",), edits=(harmless,)))
+    fate = kill("KX01")
+    assert fate.killed_by == ""
+    assert not Selftest(canary_caught=True, fates=[fate]).passed
+
+
+def test_a_bug_called_legal_raises_an_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    leak = MUTANTS["MP04"].edits
+    plant(monkeypatch, Mutant("kx-leak", "Loses pages and says that it may.", edits=leak, benign=True))
+    assert any(alarm.startswith("kx-leak in host-starved: P") for alarm in alarms("kx-leak"))
+
+
+def test_an_invariant_alone_notices_what_is_its_business_and_nothing_else() -> None:
+    driver = drivers_of(MUTANTS["MP01"])[0]
+    assert killed_alone("P3", (("MP01", driver),)) == "MP01"
+    assert killed_alone("S9", (("MP01", driver),)) == ""
+
+
+def test_with_a_canary_that_survives_no_verdict_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harmless = Edit(f"{PAGES}.pages_for", "-(-num_tokens", "0 - (-num_tokens")
+    plant(monkeypatch, Mutant("kx-canary", "Sings on.", ("P1",), edits=(harmless,)))
+    monkeypatch.setattr(campaign, "CANARY", "kx-canary")
+    with pytest.raises(SystemExit) as end:
+        main(["selftest", "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert end.value.code == 3
+    assert (found["canary"]["caught"], found["passed"], found["mutants"]) == (False, False, [])
+
+
+def test_the_selftest_prints_what_became_of_each_mutant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["selftest", "--json", "--only", "MP01", "--only", "mp04"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert end.value.code == 0
+    assert [mutant["id"] for mutant in found["mutants"]] == ["MP01", "MP04"]
+    assert found["mutants"][0].keys() >= {"id", "applicable", "killed_by", "driver", "seconds", "steps"}
+    keys = {"killed", "applicable", "false_alarms", "benign", "canary", "sole_killer_missing"}
+    assert found.keys() >= keys
+    assert (found["killed"], found["applicable"], found["canary"]["caught"]) == (2, 2, True)

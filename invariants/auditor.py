@@ -67,8 +67,8 @@ class Auditor:
     """
 
     def __init__(self, policy: DeclaredPolicy, config: AuditConfig, vocab_size: int | None) -> None:
-        # D1 is judged over two runs (invariants.determinism), O1 needs the model.
-        on = select(config.only) - {"D1"} - (frozenset({"O1"}) if vocab_size is None else frozenset[str]())
+        # O1 needs the model.
+        on = select(config.only, "always") - (frozenset({"O1"}) if vocab_size is None else frozenset[str]())
         self.config = config
         self._findings = findings = Findings(on, config.max_violations)
         self._ledger = ledger = Ledger(policy, vocab_size)

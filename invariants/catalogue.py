@@ -13,11 +13,13 @@ Family = Literal[
 ]
 Cost = Literal["delta", "rows", "step", "full", "once"]
 """What one check costs: per thing that changed, per row, once per step, the whole state, once per run."""
+Mode = Literal["always", "deep"]
+"""Who checks it: the auditor of every run, or `kvproof run --deep`, which compares runs with one another."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One invariant. `waits_for` names the feature it needs; "" where it is checked today."""
+    """One invariant. `waits_for` names the feature it needs; "" where it is checked today, by whom `mode` says."""
 
     id: str
     family: Family
@@ -26,11 +28,19 @@ class Entry:
     cost: Cost
     when: str
     waits_for: str = ""
+    mode: Mode = "always"
 
     @property
     def active(self) -> bool:
         """Whether it is checked today."""
         return not self.waits_for
+
+    @property
+    def status(self) -> str:
+        """Whether and by whom it is checked, in words."""
+        if not self.active:
+            return f"not checked yet: {self.waits_for}"
+        return "checked by kvproof run --deep" if self.mode == "deep" else "checked in every run"
 
 
 _ENTRIES = (
@@ -634,7 +644,8 @@ _ENTRIES = (
         "Two runs of a scenario take the same steps.",
         "What cannot be replayed cannot be fixed.",
         "once",
-        "replay: rolling hashes of two runs",
+        "rolling hashes of two processes with different hash seeds",
+        mode="deep",
     ),
     Entry(
         "D2",
@@ -748,16 +759,20 @@ ACTIVE: frozenset[str] = frozenset(entry.id for entry in _ENTRIES if entry.activ
 """Ids that are checked today."""
 
 
-def select(only: frozenset[str] | None) -> frozenset[str]:
-    """The ids to check: all active ones, or `only`. ValueError: an id is unknown or not checked yet."""
+def select(only: frozenset[str] | None, mode: Mode) -> frozenset[str]:
+    """The ids to check in a mode: all active ones, or those of `only`.
+
+    ValueError: an id of `only` is unknown or not checked yet.
+    """
+    in_mode = frozenset(name for name in ACTIVE if CATALOGUE[name].mode == mode)
     if only is None:
-        return ACTIVE
+        return in_mode
     for name in sorted(only):
         if name not in CATALOGUE:
             raise ValueError(f"no invariant is called {name!r}; the ids are {', '.join(CATALOGUE)}")
         if not CATALOGUE[name].active:
             raise ValueError(f"invariant {name} is not checked yet: it waits for {CATALOGUE[name].waits_for}")
-    return only
+    return only & in_mode
 
 
 def explain(name: str) -> str:
@@ -765,9 +780,8 @@ def explain(name: str) -> str:
     entry = CATALOGUE.get(name.upper())
     if entry is None:
         raise ValueError(f"no invariant is called {name!r}; the ids are {', '.join(CATALOGUE)}")
-    status = "checked" if entry.active else f"not checked yet, waits for {entry.waits_for}"
     return (
-        f"{entry.id} ({entry.family}, {status})\n"
+        f"{entry.id} ({entry.family}, {entry.status})\n"
         f"  {entry.statement}\n"
         f"  Why: {entry.why}\n"
         f"  When: {entry.when}. Cost: {entry.cost}."

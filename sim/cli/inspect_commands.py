@@ -72,11 +72,11 @@ def scenario_purposes(folder: Path) -> dict[str, str]:
 
 
 def invariant_statements() -> dict[str, str]:
-    """Id and statement of every invariant; those that are not checked yet say what they wait for."""
+    """Id and statement of every invariant; those that not every run checks say so."""
     from invariants.catalogue import CATALOGUE
 
     return {
-        name: entry.statement if entry.active else f"{entry.statement} (not checked yet: {entry.waits_for})"
+        name: entry.statement if entry.active and entry.mode == "always" else f"{entry.statement} ({entry.status})"
         for name, entry in CATALOGUE.items()
     }
 
@@ -125,8 +125,7 @@ def explain(
     mutant = next((found for known, found in MUTANTS.items() if known.lower() == name.lower()), None)
     if invariant is not None:
         fields = {"id": invariant.id, "statement": invariant.statement, "why": invariant.why, "checked": invariant.when}
-        if not invariant.active:
-            fields["checked"] = f"not yet: {invariant.waits_for}"
+        fields["how"] = invariant.status
     elif mutant is not None:
         kind = "benign variant" if mutant.benign else "planted bug"
         fields = {"id": mutant.id, kind: mutant.sentence, "fate": _fate(mutant), "seen by": mutant.where}

@@ -25,18 +25,20 @@ def test_each_entry_says_what_and_why_in_a_sentence():
 
 
 def test_an_explanation_says_whether_it_is_checked():
-    assert explain("p1").startswith("P1 (pages, checked)")
-    assert "waits for prefix sharing" in explain("X2")
+    assert explain("p1").startswith("P1 (pages, checked in every run)")
+    assert explain("d1").startswith("D1 (determinism, checked by kvproof run --deep)")
+    assert "not checked yet: prefix sharing" in explain("X2")
     with pytest.raises(ValueError, match="no invariant is called 'P99'"):
         explain("P99")
 
 
 def test_only_active_ids_can_be_selected():
-    assert select(None) == ACTIVE
+    assert select(None, "always") | select(None, "deep") == ACTIVE
+    assert select(frozenset({"P1", "D1"}), "deep") == {"D1"}
     with pytest.raises(ValueError, match="no invariant is called 'P99'"):
         Auditor(small_policy(), AuditConfig(only=frozenset({"P99"})), 10)
     with pytest.raises(ValueError, match="X1 is not checked yet: it waits for prefix sharing"):
-        select(frozenset({"X1"}))
+        select(frozenset({"X1"}), "always")
 
 
 def test_a_violation_survives_json():

@@ -1,4 +1,4 @@
-"""P1, P2, P9, P12, P13, S6, T1, T2, T3, T6: the core's whole host state, against the books."""
+"""P1, P2, P9, P11, P12, P13, S6, T1, T2, T3, T6: the core's whole host state, against the books."""
 
 from __future__ import annotations
 
@@ -70,6 +70,9 @@ class SnapshotJudge:
             self._breach("P1", f"page {lost[0]} is neither free nor fenced nor owned", lost.tolist()[:16])
         if len(twice):
             self._breach("P1", f"page {twice[0]} is in more than one of free, fenced and owned", twice.tolist()[:16])
+        early = sorted(pool.fenced_pages().intersection(free))
+        if early:
+            self._breach("P11", f"page {early[0]} can be handed out while a step in flight may touch it", early[:16])
         differences = self._compare("free", set(free), pool.free_pages())
         differences += self._compare("fenced", set(fenced), pool.fenced_pages())
         mine = {

@@ -111,6 +111,7 @@ class Engine:
         self._failed_ns = 0
         """Time that a failed step still has to take before the next plan."""
         self._arrivals: Iterator[Arrival] = iter(parts.workload)
+        self._due_steps = deque(parts.workload.at_steps or ())
         self._unfinished = 0
         self._sources = 0
         """Processes that can still bring work: while there are any, an idle engine sleeps instead of ending."""
@@ -125,10 +126,9 @@ class Engine:
     def run(self) -> None:
         """Simulate. Whatever a part raises comes out unchanged; what was recorded until then stays."""
         steps = self._env.process(self._guarded(self._steps()))
-        if self._parts.workload.concurrency is None:
+        if self._parts.workload.at_steps is None and self._parts.workload.concurrency is None:
             self._start(self._open_arrivals())
-        else:
-            self._feed()
+        self._feed()
         if self._parts.faults.cancels_at_ns:
             self._start(self._timed_cancels())
         self._env.run(until=steps)
@@ -186,6 +186,12 @@ class Engine:
             if arrival is None:
                 return
             self._submit(arrival)
+
+    def _submit_until(self, step: int) -> None:
+        """Scripted arrivals: submit those that come before `step` is planned."""
+        while self._due_steps and self._due_steps[0] <= step:
+            self._due_steps.popleft()
+            self._submit(next(self._arrivals))
 
     def _timed_cancels(self) -> Happenings:
         for at_ns, request in self._parts.faults.cancels_at_ns:
@@ -259,6 +265,7 @@ class Engine:
         """Plan and dispatch until `lag + 1` steps are in flight, nothing can run, or a step fails."""
         while len(self._flights) < self._depth and not self._failed_ns and not self._stopped():
             self._checkpoint()
+            self._submit_until(self._num_plans)
             for request in self._parts.faults.take_cancels(self._num_plans):
                 self._cancel(request)
             plan = _ask(self._num_plans, self._core.plan)
@@ -267,6 +274,10 @@ class Engine:
                     self._auditor.idle(self.now_ns, self._core.snapshot)
                 for observer in self._observers:
                     observer.idle(self.now_ns)
+                # Nothing would ever bring on the step of the next scripted request.
+                if not self._flights and self._due_steps:
+                    self._submit_until(self._due_steps[0])
+                    continue
                 return
             self._planned(plan)
             if self._parts.faults.take_failure(self._num_plans, self.now_ns):

@@ -51,7 +51,9 @@ class RequestScript:
         """
         self._reserve(arrival.request)
         max_tokens = arrival.output_tokens
-        if self._workload.end_by == "eos":
+        if arrival.eos_after:
+            self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.eos_after - 1
+        elif self._workload.end_by == "eos":
             self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.output_tokens - 1
             max_tokens = max(max_tokens, self._longest - arrival.prompt_tokens + 1)
         prompt = self._make_prompt(self._seed, arrival.request, arrival.prompt_tokens, self._vocab_size)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sim.scenario.memory import GIB, host_bytes, physical_memory
-from sim.scenario.workload_models import ConcurrentArrivals, StagedArrivals, TraceArrivals, shortest
+from sim.scenario.workload_models import ConcurrentArrivals, ScriptedArrivals, StagedArrivals, TraceArrivals, shortest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sim.scenario.models import Scenario
+    from sim.scenario.workload_models import WorkloadSettings
 
 Problem = tuple[tuple[str | int, ...], str]
 """Key path, and what is wrong there."""
@@ -46,7 +48,9 @@ def _model(scenario: Scenario) -> Iterator[Problem]:
 
 def _workload(scenario: Scenario) -> Iterator[Problem]:
     workload = scenario.workload
-    if not isinstance(workload.arrivals, TraceArrivals):
+    if isinstance(workload.arrivals, ScriptedArrivals):
+        yield from _script(workload, workload.arrivals)
+    elif not isinstance(workload.arrivals, TraceArrivals):
         for key in ("prompt_tokens", "output_tokens"):
             if getattr(workload, key) is None:
                 yield (
@@ -57,6 +61,19 @@ def _workload(scenario: Scenario) -> Iterator[Problem]:
             yield ("workload", "num_requests"), f"missing; arrivals of kind {workload.arrivals.kind} never end"
     if isinstance(workload.arrivals, StagedArrivals) and all(s.request_rate == 0 for s in workload.arrivals.stages):
         yield ("workload", "arrivals", "stages"), "every request_rate is 0: nothing would arrive"
+
+
+def _script(workload: WorkloadSettings, arrivals: ScriptedArrivals) -> Iterator[Problem]:
+    for key in ("prompt_tokens", "output_tokens", "num_requests"):
+        if getattr(workload, key) is not None:
+            yield ("workload", key), "arrivals of kind script spell out every request; leave this key out"
+    steps = [request.at_step for request in arrivals.requests]
+    for index, (before, step) in enumerate(pairwise(steps), 1):
+        if step < before:
+            yield (
+                ("workload", "arrivals", "requests", index, "at_step"),
+                f"{step} comes after {before}; put them in order",
+            )
 
 
 def _lengths(scenario: Scenario) -> Iterator[Problem]:
@@ -84,11 +101,13 @@ def _prompts_fit(scenario: Scenario) -> Iterator[Problem]:
 
 
 def _faults(scenario: Scenario) -> Iterator[Problem]:
-    count = scenario.workload.num_requests
+    arrivals = scenario.workload.arrivals
+    scripted = isinstance(arrivals, ScriptedArrivals)
+    count = len(arrivals.requests) if scripted else scenario.workload.num_requests
     for index, fault in enumerate(scenario.faults):
         if fault.kind == "cancel_storm":
-            if isinstance(scenario.workload.arrivals, ConcurrentArrivals):
-                yield ("faults", index), "a cancel_storm needs arrival times, and concurrent arrivals have none"
+            if scripted or isinstance(arrivals, ConcurrentArrivals):
+                yield ("faults", index), f"a cancel_storm needs arrival times, and {arrivals.kind} arrivals have none"
             continue
         if (fault.at_step is None) == (fault.at_seconds is None):
             yield ("faults", index), "give exactly one of at_step and at_seconds"

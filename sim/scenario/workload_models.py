@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sim.scenario.base import WHOLE, Count, Rate, Section
+from sim.scenario.base import WHOLE, Count, Index, Rate, Section
 
 TraceFormat = Literal["azure", "mooncake", "burstgpt", "vidur", "jsonl"]
 
@@ -68,8 +68,35 @@ class TraceArrivals(Section):
     limit: Count | None = Field(default=None, description="Read at most this many requests.")
 
 
+class ScriptedRequest(Section):
+    """One request, spelled out."""
+
+    at_step: Index = Field(default=0, description="Submitted before this step is planned, counted from 0.")
+    prompt_tokens: Index = Field(description="Tokens of its prompt.")
+    output_tokens: Index = Field(description="Its max_tokens.")
+    eos_after: Count | None = Field(default=None, description="Its n-th token is an EOS; null: none is.")
+
+
+class ScriptedArrivals(Section):
+    """Every request spelled out, in order of submission, placed by step and not by time.
+
+    Where nothing is left to run before a request's step, it comes at once: no step passes idly.
+    """
+
+    kind: Literal["script"] = Field(description="Every request spelled out.")
+    requests: Annotated[tuple[ScriptedRequest, ...], Field(strict=False)] = Field(
+        min_length=1, description="In order of submission; at_step never falls."
+    )
+
+
 Arrivals = Annotated[
-    ConstantArrivals | PoissonArrivals | GammaArrivals | StagedArrivals | ConcurrentArrivals | TraceArrivals,
+    ConstantArrivals
+    | PoissonArrivals
+    | GammaArrivals
+    | StagedArrivals
+    | ConcurrentArrivals
+    | TraceArrivals
+    | ScriptedArrivals,
     Field(discriminator="kind"),
 ]
 

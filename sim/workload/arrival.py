@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ class Arrival(NamedTuple):
     output_tokens: int
     prefix_hashes: tuple[int, ...] = ()
     """One id per prompt page of the trace (512 tokens in mooncake traces); equal ids are equal prefixes."""
+    eos_after: int = 0
+    """Its n-th token is an EOS; 0: the workload's end_by decides."""
     note: str = ""
     """What was changed on the way from the source, in words for the report; empty: nothing."""
 
@@ -33,6 +35,8 @@ class Workload:
     """How many arrivals there will be; None: not known before the end (or fewer, where a trace is shorter)."""
     skipped: dict[str, int] = field(default_factory=dict[str, int])
     """Rows left out, by reason; complete once `arrivals` is exhausted."""
+    at_steps: Sequence[int] | None = None
+    """By step: arrival i is submitted before step at_steps[i] is planned, whatever its time says."""
 
     def __iter__(self) -> Iterator[Arrival]:
         return self.arrivals

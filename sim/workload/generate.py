@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from sim.scenario.models import Scenario
-from sim.scenario.workload_models import ConcurrentArrivals, StagedArrivals, TraceArrivals
+from sim.scenario.workload_models import ConcurrentArrivals, ScriptedArrivals, StagedArrivals, TraceArrivals
 from sim.workload.arrival import Arrival, Workload
 from sim.workload.lengths import lengths
 from sim.workload.readers import read_trace
@@ -25,6 +25,9 @@ def generate(scenario: Scenario) -> Workload:
     arrivals = islice(_relengthened(scenario, _timed(scenario, skipped)), settings.num_requests)
     if settings.too_long == "clip":
         arrivals = _clipped(scenario, arrivals)
+    if isinstance(settings.arrivals, ScriptedArrivals):
+        scripted = settings.arrivals.requests
+        return Workload(arrivals, at_steps=[request.at_step for request in scripted], total=len(scripted))
     if isinstance(settings.arrivals, TraceArrivals):
         arrivals = _never_empty(settings.arrivals.path, arrivals)
     closed_loop = settings.arrivals.concurrency if isinstance(settings.arrivals, ConcurrentArrivals) else None
@@ -37,6 +40,9 @@ def _timed(scenario: Scenario, skipped: dict[str, int]) -> Iterator[Arrival]:
     if isinstance(arrivals, TraceArrivals):
         scale, limit = arrivals.time_scale, arrivals.limit
         yield from read_trace(arrivals.format, arrivals.path, time_scale=scale, limit=limit, skipped=skipped)
+    elif isinstance(arrivals, ScriptedArrivals):
+        for number, asked in enumerate(arrivals.requests):
+            yield Arrival(0, number, asked.prompt_tokens, asked.output_tokens, eos_after=asked.eos_after or 0)
     elif isinstance(arrivals, ConcurrentArrivals):
         yield from (Arrival(0, request, 0, 0) for request in range(scenario.workload.num_requests or 0))
     else:

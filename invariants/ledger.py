@@ -28,7 +28,7 @@ class Ledger:
         slots, self.page_size = policy.batch_size, policy.page_size
         self.policy = policy
         self.vocab_size = vocab_size
-        self.pool = Pool(policy.num_pages, policy.free_list)
+        self.pool = Pool(policy.num_pages, policy.free_list, policy.free_pages)
         self.live: dict[int, Live] = {}
         self.waiting: deque[Live] = deque()
         self.joining: dict[int, Live] = {}

@@ -16,12 +16,14 @@ FreeList = Literal["fifo", "lifo", "lowest", "any"]
 class FreeOrder:
     """The declared order in which free pages are handed out: a model of the allocator's free list."""
 
-    def __init__(self, num_pages: int, order: FreeList) -> None:
-        # lifo: a stack on which page 1 lies on top at first.
-        pages = range(num_pages - 1, 0, -1) if order == "lifo" else range(1, num_pages)
+    def __init__(self, num_pages: int, order: FreeList, first: Sequence[int] = ()) -> None:
+        """`first` are the free pages at first, in hand-out order; (): ascending."""
+        pages = list(first or range(1, num_pages))
+        if order == "lifo":
+            pages.reverse()  # A stack: what is handed out first lies on top.
         self.order = order
         self.pages: deque[int] = deque(pages if order in {"fifo", "lifo"} else ())
-        self.heap: list[int] = list(pages) if order == "lowest" else []
+        self.heap: list[int] = sorted(pages) if order == "lowest" else []
 
     def next(self) -> int:
         """The page whose turn it is; -1: none is free, or no order is declared."""
@@ -89,9 +91,9 @@ class FreeOrder:
 class Pool:
     """Pages 1 .. num_pages - 1: one that nobody holds is free, one whose holder was released is fenced."""
 
-    def __init__(self, num_pages: int, order: FreeList) -> None:
+    def __init__(self, num_pages: int, order: FreeList, first: Sequence[int] = ()) -> None:
         self.num_pages = num_pages
-        self.order = FreeOrder(num_pages, order)
+        self.order = FreeOrder(num_pages, order, first)
         self.holder: dict[int, Admission] = {}
         self.fences: dict[tuple[int, int], tuple[Admission, list[int]]] = {}
         self.num_fenced = 0

@@ -15,6 +15,7 @@ from paged_attention.batch import ActiveSequenceBatch
 from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.pages import HBMPageManager
 from paged_attention.plan import Effect, EndReason, Request, StepOutcome
+from paged_attention.pytree import Fifo
 from paged_attention.requests import GenerationStepTask, InitialSequenceRequest
 from paged_attention.sampling import SamplingParams
 from paged_attention.scheduler import InferenceScheduler, SchedulingPolicy, release_slot
@@ -26,13 +27,25 @@ class Books:
     """What the engine knows, and the moves that keep it true: enter, admit, join, preempt, end, give back."""
 
     def __init__(
-        self, metadata: PagedAttentionCacheMetaData, prefill_chunk: int, policy: SchedulingPolicy | None
+        self,
+        metadata: PagedAttentionCacheMetaData,
+        prefill_chunk: int,
+        policy: SchedulingPolicy | None,
+        free_pages: tuple[int, ...] = (),
+        free_slots: tuple[int, ...] = (),
     ) -> None:
         self.metadata = metadata
         self.prefill_chunk = prefill_chunk
         self.manager = HBMPageManager(metadata)
+        if free_pages:
+            self.manager.order_free_pages(free_pages)
+        self.first_pages = free_pages
         self.scheduler = InferenceScheduler(self.manager, policy)
         self.batch = ActiveSequenceBatch.init_numpy(metadata)
+        if free_slots:
+            if sorted(free_slots) != list(range(metadata.batch_size)):
+                raise ValueError(f"free_slots must name each of the slots 0 .. {metadata.batch_size - 1} once")
+            self.batch.available_slots = Fifo(free_slots)
         self.slots = SlotTable(metadata.batch_size, metadata.max_sequences)
         self.batch.positions = self.slots.position
         self.sequences: dict[int, Sequence] = {}

@@ -49,13 +49,19 @@ class PagedAttentionEngine:
         prefill_chunk: int,
         policy: SchedulingPolicy | None = None,
         lag: int = 0,
+        free_pages: tuple[int, ...] = (),
+        free_slots: tuple[int, ...] = (),
     ) -> None:
+        """`free_pages` and `free_slots` are the first free lists, in hand-out order; (): ascending.
+
+        ValueError: a size is out of range, or a free list does not name each page or slot once.
+        """
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1 token: found {prefill_chunk}")
         if not 0 <= lag <= 2:
             raise ValueError(f"lag must be 0, 1 or 2 steps: found {lag}")
         self.lag = lag
-        self.books = Books(metadata, prefill_chunk, policy)
+        self.books = Books(metadata, prefill_chunk, policy, free_pages, free_slots)
         self._lock = threading.RLock()
         self._newest_can_go = False
         """Nothing was applied since the newest plan, so it can still be abandoned."""
@@ -87,6 +93,7 @@ class PagedAttentionEngine:
             mix=own.mix,
             max_decode_wait=own.max_decode_wait,
             max_prefill_wait=own.max_prefill_wait,
+            free_pages=self.books.first_pages,
         )
 
     # Requests come and go.

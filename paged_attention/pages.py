@@ -47,6 +47,12 @@ class HBMPageManager:
         """The free pages, in the order in which they will be handed out."""
         return list(self._available_hbm_pages)
 
+    def order_free_pages(self, pages: Sequence[int]) -> None:
+        """Hand the free pages out in this order. ValueError: `pages` does not name each free page once."""
+        if sorted(pages) != sorted(self._available_hbm_pages):
+            raise ValueError(f"expected each of the {self.num_available_pages} free pages once, found {len(pages)} ids")
+        self._available_hbm_pages = Fifo(pages)
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens: ceil(num_tokens / page_size)."""
         return -(-num_tokens // self._metadata.page_size)

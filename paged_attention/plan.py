@@ -191,6 +191,8 @@ class DeclaredPolicy:
     lag: int = 0
     preemption: Literal["none", "recompute"] = "none"
     free_list: Literal["fifo", "lifo", "lowest", "any"] = "fifo"
+    free_pages: tuple[int, ...] = ()
+    """The free pages at first, in hand-out order; (): ascending."""
     mix: Literal["mixed", "prefill_first", "decode_first", "any"] = "mixed"
     victim: Literal["newest", "any"] = "newest"
     admission: Literal["fcfs", "any"] = "fcfs"

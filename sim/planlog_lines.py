@@ -81,6 +81,8 @@ def _policy(what: Line) -> DeclaredPolicy:
     tokens = policy.batch_size * policy.max_sequence_length
     if tokens > MAX_TOKENS:
         raise _found("policy", f"batch_size * max_sequence_length of at most {MAX_TOKENS}", tokens)
+    if policy.free_pages and sorted(policy.free_pages) != list(range(1, policy.num_pages)):
+        raise _found("policy.free_pages", f"each of the pages 1 to {policy.num_pages - 1} once", policy.free_pages)
     places = policy.num_pages * policy.page_size
     if places > MAX_TOKENS:
         raise _found("policy", f"num_pages * page_size of at most {MAX_TOKENS}", places)

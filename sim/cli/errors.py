@@ -6,12 +6,12 @@ import errno
 
 from backends.protocol import BackendUnavailableError
 from reports.record import RecordError
+from sim.build import SetupError
 from sim.cores.registry import UnknownCoreError
 from sim.exit_codes import ExitCode
 from sim.judge import PlanLogError
 from sim.mutants import UnknownMutantError
 from sim.replay import ReplayError
-from sim.run import SetupError
 from sim.scenario import ScenarioError
 
 USAGE_ERRORS = (ScenarioError, PlanLogError, RecordError, UnknownCoreError, UnknownMutantError, ReplayError, SetupError)

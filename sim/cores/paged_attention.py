@@ -30,4 +30,11 @@ def build(config: CoreConfig) -> ServingCore:
         max_decode_wait=config.max_decode_wait,
         max_prefill_wait=config.max_prefill_wait,
     )
-    return PagedAttentionEngine(metadata, prefill_chunk=config.prefill_chunk, policy=policy, lag=config.lag)
+    return PagedAttentionEngine(
+        metadata,
+        prefill_chunk=config.prefill_chunk,
+        policy=policy,
+        lag=config.lag,
+        free_pages=config.free_pages,
+        free_slots=config.free_slots,
+    )

@@ -28,6 +28,10 @@ class CoreConfig:
     layers: int = 1
     kv_heads: int = 1
     head_dim: int = 1
+    free_pages: tuple[int, ...] = ()
+    """The free pages at first, in hand-out order: each of 1 .. num_pages - 1 once; (): as the core likes it."""
+    free_slots: tuple[int, ...] = ()
+    """The free slots at first, in hand-out order: each of 0 .. batch_size - 1 once; (): as the core likes it."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 

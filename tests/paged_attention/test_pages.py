@@ -78,3 +78,18 @@ def test_seed_30_pages_come_back_in_the_order_in_which_they_were_freed(sizes: li
             pages.free_hbm_pages(freed)
             expected += freed
         assert pages.free_pages == expected
+
+
+@given(order=st.permutations(range(1, 6)))
+def test_free_pages_are_handed_out_in_the_order_that_is_asked_for(order: list[int]):
+    pages = manager(num_pages=6)
+    pages.order_free_pages(order)
+    assert pages.alloc_hbm_pages(5) == order
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3, 4], [0, 1, 2, 3, 4], [1, 2, 3, 4, 4], [1, 2, 3, 4, 6]])
+def test_an_order_names_each_free_page_once(order: list[int]):
+    pages = manager(num_pages=6)
+    with pytest.raises(ValueError, match="each of the 5 free pages once"):
+        pages.order_free_pages(order)
+    assert pages.free_pages == [1, 2, 3, 4, 5]

@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import UInt32
 
 from backends import jax_roads as roads
-from backends.jax_inspect import first_wrong, padded, page_words, parts
+from backends.jax_inspect import cache_buffers, first_wrong, padded, page_words, parts
 from backends.jax_probe import PAGES_PER_CALL
 from backends.jax_programs import programs_for
 from backends.jax_step import Pools
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
 from backends.words import check_plan
 from paged_attention.model_io import ModelOutputBatch, batch_of
-from paged_attention.plan import Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
+from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
 from paged_attention.requests import NextIterationPlan
 from paged_attention.step_news import pack
 
@@ -30,7 +30,7 @@ Road = Literal["auto", "rows"]
 
 @dataclass(frozen=True, slots=True)
 class DispatchedStep:
-    """A step on the device; each part is (rows of the plan, where they stand in the array, the array [token, eos])."""
+    """A step on the device; a part is (rows of the plan, where they stand in the array, the array [token, eos, ..])."""
 
     step: int
     num_rows: int
@@ -40,11 +40,11 @@ class DispatchedStep:
         """Wait for the device and return what the step yielded."""
         rows, places, yielded = self.parts[0]
         if rows is roads.EVERY_ROW:
-            found = np.asarray(yielded)[:, places]
+            found = np.asarray(yielded)[:2, places]
         else:
             found = np.empty((2, self.num_rows), np.int32)
             for rows, places, yielded in self.parts:
-                found[:, rows] = np.asarray(yielded)[:, places]
+                found[:, rows] = np.asarray(yielded)[:2, places]
         found.setflags(write=False)
         return StepOutcome(self.step, found[0], found[1])
 
@@ -78,6 +78,10 @@ class JaxBackend:
         self._state = self._programs.new_state()
         self._prefill_outputs: OrderedDict[int, tuple[str | int, ModelOutputBatch]] = OrderedDict()
         self._last_rows: tuple[StepPlan, ModelRows] | None = None
+        self._last_native: tuple[StepPlan, Any, int] | None = None
+        """The newest plan of the core's own road, what it yielded, and the length of its padded chunk."""
+        self._given: Pools = ()
+        """The pools that the newest step was given; deleted, if it took them."""
 
     def execute(self, plan: StepPlan, rows: ModelRows) -> DispatchedStep:
         """Dispatch a step. ValueError: a page id outside the pool; nothing was written then."""
@@ -89,7 +93,7 @@ class JaxBackend:
     # The core's own road.
 
     def _execute_native(self, plan: StepPlan, rows: ModelRows, native: NextIterationPlan) -> DispatchedStep:
-        self._last_rows = None
+        self._last_rows, self._given = None, self._pools
         news = pack(native, self._programs.model.metadata, dict(self._prefill_outputs.values()))
         facts = roads.pack_facts(plan, rows, self._cache.batch_size if native.schedule_decodes else 0)
         step = self._programs.native_step(news.shape)
@@ -97,6 +101,7 @@ class JaxBackend:
             self._pools, self._state, news.packed, news.held, facts
         )
         self._keep_prefill_output(plan, native, prefill_output)
+        self._last_native = plan, yielded, news.shape.chunk_size
         return DispatchedStep(plan.step, plan.num_rows, ((roads.EVERY_ROW, roads.device_rows(plan), yielded),))
 
     def _keep_prefill_output(self, plan: StepPlan, native: NextIterationPlan, output: tuple[Any, Any]) -> None:
@@ -111,7 +116,7 @@ class JaxBackend:
     # Neutral rows.
 
     def _execute_rows(self, plan: StepPlan, rows: ModelRows) -> DispatchedStep:
-        self._last_rows = (plan, rows)
+        self._last_rows, self._last_native, self._given = (plan, rows), None, self._pools
         results = [
             (chosen, slice(num_rows), self._rows_step(plan, rows, chosen, num_rows, chunk_tokens))
             for chosen, num_rows, chunk_tokens in roads.groups(plan)
@@ -138,7 +143,15 @@ class JaxBackend:
         """
         positions, rows = self._slot_state()
         keys, values = page_words(self._programs, self._pools, pages)
-        return Evidence(slots, positions[slots], rows[slots], pages, keys, values)
+        ran = None
+        if self._last_native is not None:
+            plan, yielded, chunk = self._last_native
+            ran = roads.step_input(plan, np.asarray(yielded), chunk)
+        return Evidence(slots, positions[slots], rows[slots], pages, keys, values, ran)
+
+    def buffers(self) -> CacheBuffers:
+        """Every array of this process that looks like a part of the pools, and how ours are spread over the mesh."""
+        return cache_buffers(self._programs, self._pools, self._given)
 
     def _slot_state(self) -> tuple[Any, Any]:
         if self._last_rows is None:
@@ -183,4 +196,4 @@ class JaxBackend:
         """Give the cache back."""
         for pool in self._pools:
             pool.delete()
-        self._pools = ()
+        self._pools = self._given = ()

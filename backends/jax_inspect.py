@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int32, UInt32
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from backends.jax_programs import Programs
 from backends.jax_step import Pools
 from backends.words import KINDS, ONE_BITS, check_places
 from paged_attention.fingerprint import WORD_MASK, words
-from paged_attention.plan import Ints, WrongPlace
+from paged_attention.plan import CacheBuffers, Ints, ShardedArray, WrongPlace
 
 
 def page_words(programs: Programs, pools: Pools, pages: Ints) -> NDArray[np.unsignedinteger[Any]]:
@@ -83,6 +84,33 @@ def _fetch(programs: Programs, pools: Pools, pages: Any, offsets: Any) -> tuple[
     found, scales = programs.place_words(width)(pools, padded(pages, width), padded(offsets, width))
     count = len(pages)
     return np.array(np.asarray(found)[:count]), None if scales is None else np.array(np.asarray(scales)[:count])
+
+
+def cache_buffers(programs: Programs, pools: Pools, given: Pools) -> CacheBuffers:
+    """The live arrays with the shape and dtype of a pool, those of `given` that a step did not take, and the shards."""
+    kinds = {(pool.shape, pool.dtype) for pool in pools}
+    platform = programs.mesh.devices.flat[0].platform
+    live = [array for array in jax.live_arrays(platform) if (array.shape, array.dtype) in kinds]
+    live = [array for array in live if not array.is_deleted()]
+    kept = [pool for pool in given if not pool.is_deleted()]
+    return CacheBuffers(
+        num_buffers=len(live),
+        num_bytes=sum(array.nbytes for array in live),
+        num_not_donated=len(kept),
+        arrays=tuple(ShardedArray(pool.shape, _boxes(pool), programs.num_copies) for pool in pools),
+    )
+
+
+def _boxes(pool: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Where each shard lies."""
+    indices = pool.sharding.devices_indices_map(pool.shape).values()
+    return tuple(
+        tuple(
+            (axis.start or 0, size if axis.stop is None else axis.stop)
+            for axis, size in zip(i, pool.shape, strict=True)
+        )
+        for i in indices
+    )
 
 
 def parts(array: Any, size: int) -> list[Any]:

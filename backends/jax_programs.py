@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -66,6 +67,12 @@ class Programs:
         self.decode_buckets = [*halves, cache.batch_size]
         self._made: dict[Any, Any] = {}
         self.num_compiled = 0
+
+    @property
+    def num_copies(self) -> int:
+        """On how many devices each position of the pages lies: the size of the mesh beyond the axes of the heads."""
+        axes = self.mesh.shape.items()
+        return math.prod(size for axis, size in axes if axis not in self._heads.mesh_axes)
 
     def new_pools(self) -> Pools:
         """The arrays of a cache of zeros."""

@@ -26,9 +26,11 @@ from paged_attention.model_io import (
     batch_of,
     feed_back,
     merge_news,
+    query_starts,
+    sampled_rows,
     state_of,
 )
-from paged_attention.plan import ModelRows, StepPlan
+from paged_attention.plan import ModelRows, StepInput, StepPlan
 from paged_attention.step_news import StepShape
 
 EVERY_ROW = slice(None)
@@ -62,10 +64,11 @@ def native_step(
     packed: Int32[Array, " words"],
     held: Any,
     facts: Int32[Array, "3 device_rows"],
-) -> tuple[Pools, State, tuple[Any, Any], Int32[Array, "2 device_rows"]]:
+) -> tuple[Pools, State, tuple[Any, Any], Int32[Array, "8 device_rows"]]:
     """`build_input` (its part on the device), one step on what it made, and the output fed back.
 
-    The seeds are those that lie on the device. Also returned: the token and the next position of the prefill.
+    The seeds are those that lie on the device. Also returned: the token and the next position of the prefill. What the
+    rows yielded comes with what they ran with (`step_input` reads it): an array of its own would cost more.
     """
     batch = batch_of(state)
     model_input = merge_news(shape, packed, held, batch)
@@ -76,7 +79,28 @@ def native_step(
     output = ModelIOProcessor.prepare_model_output(sampled.token, sampled.complete, meta, params)
     feed_back(batch, output)
     prefill = jnp.asarray(output.prefill_token_id), jnp.asarray(output.prefill_next_position)
-    return pools, state_of(batch), prefill, jnp.stack([sampled.token, sampled.complete.astype(jnp.int32)])
+    yielded = [sampled.token, sampled.complete.astype(jnp.int32), sampled_rows(meta), query_starts(meta)[1:]]
+    floats = [lax.bitcast_convert_type(jnp.atleast_1d(x), jnp.int32) for x in (params.temperature, params.top_p)]
+    words = [*floats, jnp.atleast_1d(params.max_tokens), lax.bitcast_convert_type(seed, jnp.int32)]
+    return pools, state_of(batch), prefill, jnp.stack([*yielded, *words])
+
+
+def step_input(plan: StepPlan, yielded: Int32[np.ndarray, "8 device_rows"], chunk: int) -> StepInput:
+    """What a native step ran with; `chunk` is the length of its padded chunk, 0 without one."""
+    _, _, sampled_row, ends, temperature, top_p, max_tokens, seed = yielded.copy()
+    num_slots = len(ends) - int(chunk > 0)
+    starts = ([0] if chunk else []) + list(range(chunk, chunk + num_slots))
+    return StepInput(
+        step=plan.step,
+        device_row=device_rows(plan),
+        query_starts=np.concatenate([np.zeros(1, np.int32), ends]),
+        input_start=np.array(starts, np.int32),
+        sampled_row=sampled_row,
+        temperature=temperature.view(np.float32),
+        top_p=top_p.view(np.float32),
+        max_tokens=max_tokens,
+        seed=seed.view(np.uint32),
+    )
 
 
 def groups(plan: StepPlan) -> list[tuple[Any, int, int]]:

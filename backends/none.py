@@ -11,7 +11,7 @@ from jaxtyping import UInt32
 
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
 from backends.scripted import TokenScript
-from paged_attention.plan import Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
+from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
 
 
 @dataclass(slots=True)
@@ -37,6 +37,10 @@ class NoneBackend:
         return DoneStep(self._script.outcome(plan, rows))
 
     def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
+        """None: there is no cache."""
+        return None
+
+    def buffers(self) -> CacheBuffers | None:
         """None: there is no cache."""
         return None
 

@@ -26,9 +26,11 @@ from paged_attention.fingerprint import WORD_MASK, kv_id, salts, token, words
 from paged_attention.plan import (
     EOS_TOKEN,
     UNKNOWN_TOKEN,
+    CacheBuffers,
     Evidence,
     Ints,
     ModelRows,
+    ShardedArray,
     StepOutcome,
     StepPlan,
     WrongPlace,
@@ -125,6 +127,12 @@ class NumpyBackend:
         """Copies of the slots' state and of the pages' raw words."""
         held = self._words[:, :, :, pages]
         return Evidence(slots, self._positions[slots], self._rows[slots], pages, held[:, 0].copy(), held[:, 1].copy())
+
+    def buffers(self) -> CacheBuffers:
+        """The words and the scales, written in place: nothing is ever given away."""
+        arrays = [array for array in (self._words, self._scales) if array.size]
+        whole = tuple(ShardedArray(array.shape, (tuple((0, size) for size in array.shape),)) for array in arrays)
+        return CacheBuffers(len(arrays), sum(array.nbytes for array in arrays), 0, whole)
 
     def verify(
         self, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int = 8

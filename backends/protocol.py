@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from jaxtyping import UInt32
 from numpy import ndarray
 
-from paged_attention.plan import Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
+from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,10 @@ class Backend(Protocol):
 
     def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
         """What lies on the device now, after every dispatched step. None: this backend holds no cache."""
+        ...
+
+    def buffers(self) -> CacheBuffers | None:
+        """The arrays that hold the cache after every dispatched step. None: this backend holds no cache."""
         ...
 
     def verify(

@@ -1,4 +1,4 @@
-"""What the auditor asks of a backend: two of its reading methods, structurally."""
+"""What the auditor asks of a backend: its reading methods, structurally."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 from jaxtyping import UInt32
 from numpy import ndarray
 
-from paged_attention.plan import Evidence, Ints, WrongPlace
+from paged_attention.plan import CacheBuffers, Evidence, Ints, WrongPlace
 
 
 class Device(Protocol):
@@ -21,4 +21,8 @@ class Device(Protocol):
 
     def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
         """What lies on the device now; None: this backend holds no cache."""
+        ...
+
+    def buffers(self) -> CacheBuffers | None:
+        """The arrays that hold the cache now; None: this backend holds no cache."""
         ...

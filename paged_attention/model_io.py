@@ -40,6 +40,7 @@ __all__ = [
     "batch_of",
     "feed_back",
     "merge_news",
+    "query_starts",
     "sampled_positions",
     "sampled_rows",
     "state_of",
@@ -170,6 +171,20 @@ def sampled_rows(attn_meta: PagedAttentionMetadata) -> Int32[Array, " samples"]:
     if is_present(attn_meta.decodes_position):
         rows.append(chunk + xp.arange(attn_meta.decodes_position.shape[0], dtype=xp.int32))
     return xp.concatenate(rows or [xp.zeros(0, xp.int32)])
+
+
+def query_starts(attn_meta: PagedAttentionMetadata) -> Int32[Array, " rows_and_end"]:
+    """Where the tokens of [prefill][slots] begin, padding left out, and where the last ones end.
+
+    A slot without a live sequence has none: its entry repeats. Kernels over ragged rows call this cu_q_lens.
+    """
+    xp = array_module(attn_meta.prefill_position, attn_meta.decodes_position)
+    counts: list[Any] = [xp.zeros(1, xp.int32)]
+    if is_present(attn_meta.prefill_position):
+        counts.append((attn_meta.prefill_length - attn_meta.prefill_position[0]).reshape(1))
+    if is_present(attn_meta.decodes_position):
+        counts.append((attn_meta.decodes_position >= 0).astype(xp.int32))
+    return xp.cumsum(xp.concatenate(counts), dtype=xp.int32)
 
 
 def sampled_positions(attn_meta: PagedAttentionMetadata) -> Int32[Array, " samples"]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import Float32, Int32, UInt32
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
@@ -225,6 +225,47 @@ class WrongPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class StepInput:
+    """What the newest step ran with, as it stood on the device.
+
+    A backend has its own rows: those of the plan at `device_row`, all others padding or idle. `query_starts` says where
+    the tokens of each begin, padding left out, and where the last ones end; `input_start` where they begin in the
+    input, padding counted; `sampled_row` at which row of the input its token is sampled.
+    """
+
+    step: int
+    device_row: Int32[np.ndarray, " rows"]
+    query_starts: Int32[np.ndarray, " device_rows_and_end"]
+    input_start: Int32[np.ndarray, " device_rows"]
+    sampled_row: Int32[np.ndarray, " device_rows"]
+    temperature: Float32[np.ndarray, " device_rows"]
+    top_p: Float32[np.ndarray, " device_rows"]
+    max_tokens: Int32[np.ndarray, " device_rows"]
+    seed: UInt32[np.ndarray, " device_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedArray:
+    """One array of the cache: where each device's part of it lies, as (start, stop) along each axis."""
+
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[tuple[int, int], ...], ...]
+    num_copies: int = 1
+    """How many devices are meant to hold each position."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBuffers:
+    """The arrays that hold the cache now, and what the newest step left of those before it."""
+
+    num_buffers: int
+    num_bytes: int
+    num_not_donated: int
+    """Arrays given to the newest step that are still alive though others took their place."""
+    arrays: tuple[ShardedArray, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """Copies of what lies on the device: the batch rows of `slots` and the raw K/V bits of `pages`."""
 
@@ -235,3 +276,5 @@ class Evidence:
     keys: NDArray[np.unsignedinteger]
     """Raw words, axes (layers, heads, pages, page_size, head_dim)."""
     values: NDArray[np.unsignedinteger]
+    ran: StepInput | None = None
+    """None: no step has run, or the newest one had no input of that kind (it ran from neutral rows)."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec, Pending
-from paged_attention.plan import Evidence, Ints, ModelRows, StepPlan, WrongPlace
+from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepPlan, WrongPlace
 
 
 class BackendWrapper:
@@ -30,6 +30,10 @@ class BackendWrapper:
     def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:
         """See Backend."""
         return self.backend.evidence(slots, pages)
+
+    def buffers(self) -> CacheBuffers | None:
+        """See Backend."""
+        return self.backend.buffers()
 
     def verify(
         self, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int = 8

@@ -19,7 +19,7 @@ import simpy
 
 from backends.protocol import Backend, Pending
 from invariants.auditor import Auditor
-from paged_attention.plan import Effect, StepPlan
+from paged_attention.plan import CoreSnapshot, Effect, StepPlan
 from sim.clock import Moment, Order
 from sim.cores.protocol import ServingCore
 from sim.cost_model import CostModel
@@ -145,7 +145,7 @@ class Engine:
         if self._auditor is None:
             return
         totals = self._recorder.totals(self.now_ns)
-        self._auditor.finished(self.now_ns, pending, self._core.snapshot, self._backend, totals)
+        self._auditor.finished(self.now_ns, pending, self._snapshot, self._backend, totals)
 
     def close(self) -> int:
         """Close what is still open in the record; return the time of the end in ns."""
@@ -256,6 +256,9 @@ class Engine:
             return True
         return self._stop_at_first and self._auditor is not None and bool(self._auditor.violations)
 
+    def _snapshot(self) -> CoreSnapshot:
+        return _ask(self._num_plans, self._core.snapshot)
+
     def _wake(self) -> None:
         if self._sleeping is not None:
             sleeping, self._sleeping = self._sleeping, None
@@ -271,7 +274,7 @@ class Engine:
             plan = _ask(self._num_plans, self._core.plan)
             if plan is None:
                 if self._auditor is not None:
-                    self._auditor.idle(self.now_ns, self._core.snapshot)
+                    self._auditor.idle(self.now_ns, self._snapshot)
                 for observer in self._observers:
                     observer.idle(self.now_ns)
                 # Nothing would ever bring on the step of the next scripted request.
@@ -290,7 +293,7 @@ class Engine:
         now_ns, recorder = self.now_ns, self._recorder
         recorder.planned(now_ns, plan)
         if self._auditor is not None:
-            self._auditor.planned(now_ns, plan, self._core.snapshot)
+            self._auditor.planned(now_ns, plan, self._snapshot)
             if not self._stopped():
                 # Once a page is owned twice, two counts of owned pages differ too: that would be no finding of its own.
                 self._auditor.measured(now_ns, plan.step, recorder.pages_owned, recorder.running, recorder.waiting)
@@ -326,7 +329,7 @@ class Engine:
         effects = _ask(plan.step, self._core.apply, outcome)
         self._recorder.applied(now_ns, effects)
         if self._auditor is not None:
-            self._auditor.applied(now_ns, plan.step, effects, self._core.snapshot)
+            self._auditor.applied(now_ns, plan.step, effects, self._snapshot)
         for observer in self._observers:
             observer.applied(now_ns, plan.step, effects)
         self._count_ends(effects)

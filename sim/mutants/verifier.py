@@ -51,13 +51,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MD05",
         "All concerns draw from one stream of random numbers, so that a cancel shifts every later length.",
-        ("D1", "O8"),
-        where="deep",
+        ("contract",),
+        driver="contract:streams",
         edits=(
             Edit(
                 "sim.streams:stream",
                 "return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, key))))",
-                "return vars(stream).setdefault(seed, np.random.Generator(np.random.PCG64(seed + 0 * key)))",
+                "return globals().setdefault(f'_of_{seed + 0 * key}', np.random.Generator(np.random.PCG64(seed)))",
             ),
         ),
     ),
@@ -77,9 +77,25 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MD07",
         "A cancel that names a step comes after that step has been planned.",
-        ("D2",),
-        where="deep",
-        waits_for="the shrinker",
+        ("contract",),
+        edits=(
+            Edit(
+                "sim.engine:Engine._fill",
+                """        for request in self._parts.faults.take_cancels(self._num_plans):
+            self._cancel(request)
+""",
+                "",
+            ),
+            Edit(
+                "sim.engine:Engine._fill",
+                "        self._planned(plan)\n",
+                """        self._planned(plan)
+        for request in self._parts.faults.take_cancels(self._num_plans):
+            self._cancel(request)
+""",
+            ),
+        ),
+        driver="contract:faults",
     ),
     Mutant(
         "MD08",
@@ -158,8 +174,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MD16",
         "A replay runs with the usual page size, not with the one that was recorded.",
-        ("D1",),
-        where="deep",
+        ("contract",),
         edits=(
             Edit(
                 "sim.replay:replay",
@@ -171,5 +186,6 @@ MUTANTS: tuple[Mutant, ...] = (
     )""",
             ),
         ),
+        driver="contract:replays",
     ),
 )

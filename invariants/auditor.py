@@ -87,6 +87,8 @@ class Auditor:
         self._planned = 0
         self._dispatched = 0
         self._blocked = -1
+        self._whole = False
+        """The run came to its own end."""
 
     @property
     def violations(self) -> list[Violation]:
@@ -220,7 +222,7 @@ class Auditor:
             if flight.plan.samples.item(row):
                 live.sampled_admission = admission.number
                 if live.first_token_ns is None:
-                    live.first_token_ns = now_ns
+                    self._metrics.first_token(live, now_ns)
         self._outputs.begin_apply(flight)
         self._pages.begin_apply(flight.eos)
         self._life.follow(effects, "apply")
@@ -292,3 +294,9 @@ class Auditor:
         if device is not None and self._contents.on and self._contents.open(device):
             self._contents.whole_pool(device)
         self._metrics.judge_totals(totals)
+        self._whole = True
+
+    def summarised(self, figures: Mapping[str, Mapping[str, float | int | None]]) -> None:
+        """What the summary quotes (M4), by latency: `count` and `mean` in s; nothing where the run was cut short."""
+        if self._whole:
+            self._metrics.summarised(figures)

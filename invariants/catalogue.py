@@ -710,10 +710,10 @@ _ENTRIES = (
     Entry(
         "M4",
         "metrics",
-        "A request's times are in order, add up, and are those that were seen.",
+        "A request's times are in order, add up, are those that were seen, and make up the latencies that are quoted.",
         "Latencies are what is promised to users.",
         "delta",
-        "each request that is done",
+        "each request that is done; the summary",
     ),
     Entry(
         "M5",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from invariants.findings import Findings
@@ -37,6 +39,29 @@ class Said:
     tokens: int
 
 
+class Latency:
+    """How often something was waited for, and how long in all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_ns = 0
+
+    def add(self, waited_ns: int) -> None:
+        """One more wait."""
+        self.count += 1
+        self.total_ns += waited_ns
+
+    def agrees(self, said: Mapping[str, float | int | None]) -> bool:
+        """Whether a summary's count and mean (in s) are these."""
+        if said["count"] != self.count:
+            return False
+        mean = said["mean"]
+        return mean is None or math.isclose(mean * self.count * 1e9, self.total_ns, rel_tol=1e-9, abs_tol=0.5)
+
+
+FIRST_TOKEN, WHOLE = "time_to_first_token_seconds", "e2e_request_latency_seconds"
+"""Latencies that a summary quotes and the auditor adds up itself."""
+
 REMEMBERED = 4096
 """Requests that are gone and whose `request_done` is still awaited."""
 
@@ -54,6 +79,12 @@ class MetricJudge:
         self.planned_tokens = 0
         self.sojourn_ns = 0
         self.gone: dict[int, tuple[Said, str]] = {}
+        self.latencies = {FIRST_TOKEN: Latency(), WHOLE: Latency()}
+
+    def first_token(self, live: Live, now_ns: int) -> None:
+        """The first token of a request has reached the host."""
+        live.first_token_ns = now_ns
+        self.latencies[FIRST_TOKEN].add(now_ns - live.submitted_ns)
 
     def retired(self, live: Live, how: str) -> None:
         """Called before the ledger forgets the request."""
@@ -65,6 +96,7 @@ class MetricJudge:
         self.sojourn_ns += now - live.submitted_ns
         if how == "ended":
             self.finished += 1
+            self.latencies[WHOLE].add(now - live.submitted_ns)
         else:
             self.cancelled += 1
 
@@ -106,6 +138,20 @@ class MetricJudge:
                 expected=seen,
                 found=said,
             )
+
+    def summarised(self, figures: Mapping[str, Mapping[str, float | int | None]]) -> None:
+        """M4: the latencies that are quoted count the requests, and add up to the waits, that were seen."""
+        for name, seen in self.latencies.items():
+            self.findings.counts["M4"].add(1, 1 if seen.count else 0)
+            if not seen.agrees(figures[name]):
+                mean = seen.total_ns / seen.count * 1e-9 if seen.count else None
+                self.findings.breach(
+                    "M4",
+                    f"{name} of the summary is a mean of {figures[name]['mean']} s over {figures[name]['count']}"
+                    f" requests, seen were {mean} s over {seen.count}",
+                    expected=f"{seen.count} requests, mean {mean} s",
+                    found=f"{figures[name]['count']} requests, mean {figures[name]['mean']} s",
+                )
 
     def judge_totals(self, totals: Totals) -> None:
         """M1, M2, M5 at the end of the run."""

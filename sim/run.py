@@ -189,6 +189,9 @@ def _played(engine: Engine) -> _Ending:
 
 def _summary(scenario: Scenario, parts: Parts, ending: _Ending, described: dict[str, str]) -> dict[str, Any]:
     auditor = parts.auditor
+    figures = run_figures(parts.recorder, ending.end_ns, parts.workload.skipped)
+    if auditor is not None:
+        auditor.summarised(figures)
     return {
         "schema": SUMMARY_SCHEMA,
         "name": scenario.name,
@@ -198,7 +201,7 @@ def _summary(scenario: Scenario, parts: Parts, ending: _Ending, described: dict[
         "versions": package_versions(),
         "backend": scenario.backend.kind,
         "device": described,
-        **run_figures(parts.recorder, ending.end_ns, parts.workload.skipped),
+        **figures,
         "invariants": auditor.counters() if auditor is not None else {},
         "violations": [violation.to_json() for violation in auditor.violations] if auditor is not None else [],
         "crash": ending.crash,

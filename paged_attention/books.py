@@ -20,7 +20,7 @@ from paged_attention.requests import GenerationStepTask, InitialSequenceRequest
 from paged_attention.sampling import SamplingParams
 from paged_attention.scheduler import InferenceScheduler, SchedulingPolicy, release_slot
 from paged_attention.sequences import Flight, Sequence, Untold
-from paged_attention.slots import KEY, NOBODY, POSITION, SlotTable
+from paged_attention.slots import KEY, NOBODY, POSITION, SLOT, SlotTable
 
 
 class Books:
@@ -46,8 +46,8 @@ class Books:
             if sorted(free_slots) != list(range(metadata.batch_size)):
                 raise ValueError(f"free_slots must name each of the slots 0 .. {metadata.batch_size - 1} once")
             self.batch.available_slots = Fifo(free_slots)
-        self.slots = SlotTable(metadata.batch_size, metadata.max_sequences)
-        self.batch.positions = self.slots.position
+        self.slots = SlotTable(metadata.batch_size, metadata.max_sequences, metadata.num_pages_per_sequence)
+        self._bind()
         self.sequences: dict[int, Sequence] = {}
         """By request id: those that have not ended."""
         self.in_slot: list[Sequence | None] = [None] * metadata.batch_size
@@ -68,14 +68,18 @@ class Books:
         """Independent books in the same state."""
         other = copy.deepcopy(self, {id(self.batch.context_lock): threading.Lock()})
         other.slots.bind()
-        other.batch.positions = other.slots.position
+        other._bind()
         return other
+
+    def _bind(self) -> None:
+        """The host batch's positions and pages are those of the slots."""
+        self.batch.positions, self.batch.page_table = self.slots.position, self.slots.pages[:-1]
 
     def enter(self, request: Request) -> None:
         """Queue a request that is known to fit."""
         order, self._next_order = self._next_order, self._next_order + 1
         limit = min(request.max_tokens, self.metadata.max_sequences - len(request.prompt) + 1)
-        prefill = self._initial(request, request.prompt.tolist(), order)
+        prefill = self._initial(request, request.prompt, order)
         self.sequences[request.id] = Sequence(request, order, limit, prefill)
         self.scheduler.enqueue_prefill_request(prefill)
 
@@ -84,7 +88,7 @@ class Books:
         """The host batch's page table: NumPy, since no mesh holds it."""
         return cast("NDArray[np.int32]", self.batch.page_table)
 
-    def _initial(self, request: Request, tokens: list[int], order: int) -> InitialSequenceRequest:
+    def _initial(self, request: Request, tokens: Int32[np.ndarray, " tokens"], order: int) -> InitialSequenceRequest:
         params = SamplingParams(
             top_p=request.top_p, max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed
         )
@@ -107,7 +111,7 @@ class Books:
 
     def sequence_of(self, flight: Flight, row: int) -> Sequence | None:
         """Whose row it was, if that sequence is still unfinished."""
-        first = flight.plan.num_rows - len(flight.slots)
+        first = flight.plan.num_rows - flight.columns.shape[1]
         if row < first:
             sequence = flight.prefilling
             return sequence if sequence is not None and self.is_alive(sequence) else None
@@ -158,7 +162,7 @@ class Books:
         """Send a sequence back to the head of the queue; the scheduler has already taken its pages and its slot."""
         slot, table = sequence.slot, self.slots
         if slot != NOBODY:
-            sequence.planned = sequence.limit - int(table.remaining[slot])
+            sequence.planned = sequence.limit - table.remaining(slot)
             num_new = sequence.planned - len(sequence.generated)
             first = sequence.num_fed_tokens + 1
             sequence.generated += table.history[slot, first : first + num_new].tolist()
@@ -170,14 +174,14 @@ class Books:
             Effect("freed", sequence.request.id, sequence.admission, slot=slot, pages=tuple(sequence.pages)),
         ]
         sequence.state, sequence.slot, sequence.task, sequence.pages = "waiting", NOBODY, None, []
-        tokens = sequence.request.prompt.tolist() + sequence.generated
+        tokens = np.concatenate((sequence.request.prompt, np.array(sequence.generated, np.int32)))
         sequence.prefill = self._initial(sequence.request, tokens, sequence.order)
         self.scheduler.requeue_prefill_request(sequence.prefill)
         return effects
 
     def note_tokens(self, flight: Flight, outcome: StepOutcome) -> None:
         """Take in what a step yielded."""
-        table, slots, positions = self.slots, flight.slots, flight.columns[POSITION]
+        table, slots, positions = self.slots, flight.columns[SLOT], flight.columns[POSITION]
         tokens = outcome.token[flight.plan.num_rows - len(slots) :]
         newest = slots
         if self.flights or table.num_changes != flight.num_changes:

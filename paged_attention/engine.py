@@ -177,7 +177,8 @@ class PagedAttentionEngine:
             self._newest_can_go = False
             books.note_tokens(flight, outcome)
             effects: list[Effect] = []
-            for row in outcome.eos.nonzero()[0].tolist():
+            # Asking first costs a fifth of what looking for none does.
+            for row in outcome.eos.nonzero()[0].tolist() if np.count_nonzero(outcome.eos) else ():
                 sequence = books.sequence_of(flight, row)
                 if sequence is not None:
                     effects += books.end(sequence, "eos")

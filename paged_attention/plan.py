@@ -116,7 +116,7 @@ class StepPlan:
     num_pages: Int32[np.ndarray, " rows"]
     """How many entries of each table row are in use."""
     table: Int32[np.ndarray, "rows max_num_pages"]
-    """Each row's whole page list, padded with DUMMY_PAGE; max_num_pages is the largest num_pages."""
+    """Each row's whole page list, padded with DUMMY_PAGE; max_num_pages is at least the largest num_pages."""
     effects: tuple[Effect, ...]
     """Made by plan() itself, before the step runs."""
     native: object = field(default=None, repr=False, compare=False)

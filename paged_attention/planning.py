@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from paged_attention.books import Books
 from paged_attention.plan import Effect
 from paged_attention.requests import NextIterationPlan
@@ -11,8 +9,6 @@ from paged_attention.rows import make_plan
 from paged_attention.scheduler import resume_slot, stop_slot
 from paged_attention.sequences import Flight, Sequence, Untold, grant
 from paged_attention.slots import NOBODY
-
-_NO_SLOTS = np.empty(0, np.intp)
 
 
 def take_in(books: Books, native: NextIterationPlan) -> list[Effect]:
@@ -43,24 +39,21 @@ def dispatch(
     books: Books, step: int, native: NextIterationPlan, effects: tuple[Effect, ...], waits: tuple[int, int]
 ) -> Flight:
     """Make the plan's rows, and count them as run."""
-    table = books.slots
-    slots = table.running() if native.schedule_decodes else _NO_SLOTS
-    columns = table.columns.take(slots, axis=1)
-    _tell(books, native)
+    if books.untold:
+        _tell(books, native)
     prefilling = books.prefilling if native.schedule_prefill else None
-    plan = make_plan(step, slots, columns, books.page_table, prefilling, books.prefill_chunk, effects, native)
-    before = prefilling.last_step if prefilling else NOBODY
-    last_rows = _count_decodes(books, step) if native.schedule_decodes else []
-    if prefilling and _count_prefill(books, step, prefilling, int(plan.count[0])):
-        last_rows.append(prefilling)
+    plan, columns = make_plan(step, books.slots, prefilling, books.prefill_chunk, effects, native)
+    before, last_rows = NOBODY, _count_decodes(books, step) if native.schedule_decodes else []
+    if prefilling:
+        columns, before = columns[:, 1:], prefilling.last_step
+        if _count_prefill(books, step, prefilling, plan.count.item(0)):
+            last_rows.append(prefilling)
     books.spent += last_rows
-    return Flight(plan, native, slots, columns, table.num_changes, prefilling, before, last_rows, waits)
+    return Flight(plan, native, columns, books.slots.num_changes, prefilling, before, last_rows, waits)
 
 
 def _tell(books: Books, native: NextIterationPlan) -> None:
     """Add to a plan, which nobody else has seen yet, what the device has not been told before."""
-    if not books.untold:
-        return
     untold, books.untold = books.untold, Untold()
     key, token = books.slots.key, books.slots.token
     native.released_slots[:0] = untold.releases
@@ -111,7 +104,9 @@ def take_back(books: Books, flight: Flight) -> None:
 
 
 def _uncount_decodes(books: Books, flight: Flight) -> None:
-    books.slots.restore(flight.slots, flight.columns)
+    if not flight.native.schedule_decodes:
+        return
+    books.slots.restore(flight.columns)
     for sequence in flight.last_rows:
         if sequence.slot != NOBODY:
             assert sequence.task is not None

@@ -58,7 +58,7 @@ class InitialSequenceRequest(SerializableTree):
     id: str | int | None
     chunk_idx: int | None
     chunk_size: int | None
-    prompt_token_ids: list[int] | None
+    prompt_token_ids: list[int] | Int32[np.ndarray, " tokens"] | None
     length: Int32[Array, ""] | None = None
     order: int | None = None
 
@@ -69,7 +69,7 @@ class InitialSequenceRequest(SerializableTree):
         mesh: Mesh | None,
         metadata: PagedAttentionCacheMetaData,
         chunk_size: int,
-        prompt_token_ids: list[int],
+        prompt_token_ids: list[int] | Int32[np.ndarray, " tokens"],
         max_prefill_length: int | None = None,
         prefill_lengths: list[int] | None = None,
         sampling_params: SamplingParams | None = None,
@@ -108,7 +108,7 @@ class InitialSequenceRequest(SerializableTree):
             id=id,
             chunk_idx=0,
             chunk_size=chunk_size,
-            prompt_token_ids=list(prompt_token_ids),
+            prompt_token_ids=prompt_token_ids if isinstance(prompt_token_ids, np.ndarray) else list(prompt_token_ids),
             length=length_array,
         )
 
@@ -132,6 +132,21 @@ class InitialSequenceRequest(SerializableTree):
     def is_active(self) -> bool:
         """Whether there is a prompt: token_ids is a non-empty array."""
         return is_present(self.token_ids)
+
+    def as_planned(self) -> InitialSequenceRequest:
+        """What a plan keeps of it: chunk and pages as they are now, the rest shared."""
+        return InitialSequenceRequest(
+            self.token_ids,
+            self.positions,
+            own_copy(self.page_indices),
+            self.sampling_params,
+            self.id,
+            self.chunk_idx,
+            self.chunk_size,
+            self.prompt_token_ids,
+            self.length,
+            self.order,
+        )
 
     def copy_prefill(self, prefill: InitialSequenceRequest) -> None:
         """Take over the arrays of `prefill` (never by reference), in place; id, chunk and prompt stay."""
@@ -190,6 +205,11 @@ class GenerationStepTask(SerializableTree):
     prefill_token_id: Array | np.int32 | int
     sampling_params: SamplingParams
     order: int | None = None
+
+    def as_planned(self) -> GenerationStepTask:
+        """What a plan keeps of it: position and pages as they are now, the rest shared."""
+        pages, token, params = list(self.page_indices), self.prefill_token_id, self.sampling_params
+        return GenerationStepTask(self.id, self.slot, self.position, pages, token, params, self.order)
 
 
 @dataclass(frozen=True)

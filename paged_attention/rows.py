@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Int32
-from numpy.typing import NDArray
 
 from paged_attention.plan import Effect, StepPlan
 from paged_attention.requests import NextIterationPlan
 from paged_attention.sequences import Sequence
-from paged_attention.slots import NOBODY, NUM_PAGES, NUM_ROW_COLUMNS, TOKEN
+from paged_attention.slots import NOBODY, NUM_ROW_COLUMNS, TOKEN, SlotTable
 
 
 def make_plan(
     step: int,
-    slots: NDArray[np.intp],
-    columns: Int32[np.ndarray, "11 rows"],
-    page_table: Int32[np.ndarray, "slots max_num_pages"],
+    table: SlotTable,
     prefill: Sequence | None,
     chunk: int,
     effects: tuple[Effect, ...],
     native: NextIterationPlan,
-) -> StepPlan:
-    """Make a plan of the decode rows of `slots`, behind one prefill row where there is one.
+) -> tuple[StepPlan, Int32[np.ndarray, "11 rows"]]:
+    """Make a plan of every running slot, where decodes are scheduled, behind one prefill row where there is one.
 
-    `columns` is a fresh copy of the slots' columns of the `SlotTable`; `page_table` is the whole host batch's.
+    Also returned: the columns of its rows, as the table has them now.
     """
-    block = columns[:NUM_ROW_COLUMNS]
-    tokens = columns[TOKEN]
-    if prefill is None:
-        table = page_table[slots, : block[NUM_PAGES].max()]
-    else:
+    fed = None
+    if prefill is not None:
         start = prefill.fed
         count = min(chunk, prefill.num_fed_tokens - start)
         samples = int(start + count == prefill.num_fed_tokens)
         num_pages = len(prefill.pages)
-        tokens = np.concatenate((prefill.prefill.token_ids[start : start + count], tokens), dtype=np.int32)
-        block = np.empty((NUM_ROW_COLUMNS, 1 + len(slots)), np.int32)
-        block[:, 1:] = columns[:NUM_ROW_COLUMNS]
-        block[:, 0] = (
+        table.columns[:NUM_ROW_COLUMNS, -1] = (
             prefill.request.id, prefill.admission, NOBODY, start, count, samples, num_pages, 0
         )  # fmt: skip
-        table = np.zeros((1 + len(slots), block[NUM_PAGES].max()), np.int32)
-        table[0, :num_pages] = prefill.pages
-        table[1:] = page_table[slots, : table.shape[1]]
-    for array in (block, tokens, table):
+        table.pages[-1] = native.prefill_request.page_indices
+        fed = prefill.prefill.token_ids[start : start + count]
+    lanes = table.lanes(prefill=fed is not None, decodes=native.schedule_decodes)
+    columns, pages = table.columns.take(lanes, axis=1), table.pages.take(lanes, axis=0)
+    tokens = columns[TOKEN] if fed is None else np.concatenate((fed, columns[TOKEN, 1:]))
+    for array in (columns, tokens, pages):
         array.flags.writeable = False
-    request, admission, slot, start_of, count_of, samples_of, num_pages_of, _ = block
-    return StepPlan(
-        step, request, admission, slot, start_of, count_of, samples_of, tokens, num_pages_of, table, effects, native
-    )
+    request, admission, slot, starts, counts, sampled, sizes, _ = columns[:NUM_ROW_COLUMNS]
+    plan = StepPlan(step, request, admission, slot, starts, counts, sampled, tokens, sizes, pages, effects, native)
+    return plan, columns

@@ -58,12 +58,12 @@ class _Draft:
     """What a step would do; made by reading only."""
 
     run_decodes: bool = False
-    growing_slots: list[int] = field(default_factory=list[int])
+    growing_slots: list[int] = field(default_factory=list)
     num_joins: int = 0
     prefill: InitialSequenceRequest | None = None
     prefill_is_new: bool = False
     num_prefill_pages: int = 0
-    victims: list[Holder] = field(default_factory=list[Holder])
+    victims: list[Holder] = field(default_factory=list)
     decodes_wait: bool = False
     """Decodes that could run are left out for the prefill."""
     prefill_waits: bool = False
@@ -263,7 +263,7 @@ class InferenceScheduler:
             pages = self.manager.alloc_hbm_pages(draft.num_prefill_pages)
             first = np.count_nonzero(request.page_indices)
             request.page_indices[first : first + len(pages)] = pages
-            prefill, new_pages = request.replace(page_indices=request.page_indices.copy()), AllocatedPrefillPages(pages)
+            prefill, new_pages = request.as_planned(), AllocatedPrefillPages(pages)
         return NextIterationPlan(
             prefill_request=prefill,
             schedule_prefill=draft.prefill is not None,
@@ -310,7 +310,7 @@ class InferenceScheduler:
             batch.insert_from_task(task.slot, task)
             _map(batch)[task.slot] = task
             self._capacity[task.slot] = len(task.page_indices) * self.manager.page_size
-            joined.append(task.replace(page_indices=list(task.page_indices)))
+            joined.append(task.as_planned())
         return joined
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32
-from numpy.typing import NDArray
 
 from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.plan import Effect, Request, StepPlan
@@ -60,9 +59,8 @@ class Flight:
 
     plan: StepPlan
     native: NextIterationPlan
-    slots: NDArray[np.intp]
     columns: Int32[np.ndarray, "11 decode_rows"]
-    """The slots' columns as they were before the step."""
+    """The columns of the decode rows as they were before the step."""
     num_changes: int
     """Who had come and gone in the slots when the step was planned."""
     prefilling: Sequence | None

@@ -39,8 +39,7 @@ def dispatch(
     books: Books, step: int, native: NextIterationPlan, effects: tuple[Effect, ...], waits: tuple[int, int]
 ) -> Flight:
     """Make the plan's rows, and count them as run."""
-    if books.untold:
-        _tell(books, native)
+    _tell(books, native)
     prefilling = books.prefilling if native.schedule_prefill else None
     plan, columns = make_plan(step, books.slots, prefilling, books.prefill_chunk, effects, native)
     before, last_rows = NOBODY, _count_decodes(books, step) if native.schedule_decodes else []
@@ -54,6 +53,8 @@ def dispatch(
 
 def _tell(books: Books, native: NextIterationPlan) -> None:
     """Add to a plan, which nobody else has seen yet, what the device has not been told before."""
+    if not books.untold:
+        return
     untold, books.untold = books.untold, Untold()
     key, token = books.slots.key, books.slots.token
     native.released_slots[:0] = untold.releases

@@ -44,8 +44,8 @@ PAGES: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SLOTS}.restore",
-                "self.columns[:, slots[kept]] = columns[:, kept]",
-                "self.columns[:REMAINING, slots[kept]] = columns[:REMAINING, kept]",
+                "self.turns -= 1",
+                "pass",
             ),
         ),
         driver="host-lag-one",
@@ -54,9 +54,7 @@ PAGES: tuple[Mutant, ...] = (
         "KP05",
         "Whoever is seated does not run until the next change in the slots: the list of running slots is stale.",
         ("S12", "S11"),
-        edits=(
-            Edit(f"{_SLOTS}._change", "self._running = None", "self._running = self._running if advance else None"),
-        ),
+        edits=(Edit(f"{_SLOTS}._change", "self._lanes = None", "self._lanes = self._lanes if advance else None"),),
     ),
     Mutant(
         "KP06",

@@ -16,7 +16,7 @@ _CHUNK: Final = "count = min(chunk, prefill.num_fed_tokens - start)"
 _ROOM: Final = "len(prefilling.pages) * books.metadata.page_size - prefilling.fed"
 _REQUEUE: Final = "self.scheduler.requeue_prefill_request(sequence.prefill)"
 _BACK_TO_QUEUE: Final = 'sequence.state, sequence.slot, sequence.task, sequence.pages = "waiting", NOBODY, None, []'
-_FED_AGAIN: Final = "tokens = sequence.request.prompt.tolist() + sequence.generated"
+_FED_AGAIN: Final = "tokens = np.concatenate((sequence.request.prompt, np.array(sequence.generated, np.int32)))"
 
 _READMIT_IN_THE_SAME_PLAN: Final = """\
 if draft is None:
@@ -130,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "MS10",
         "A preempted request is fed its prompt alone, without the tokens that it has generated.",
         ("S3", "R2"),
-        edits=(Edit(f"{_BOOKS}.preempt", _FED_AGAIN, "tokens = sequence.request.prompt.tolist()"),),
+        edits=(Edit(f"{_BOOKS}.preempt", _FED_AGAIN, "tokens = sequence.request.prompt"),),
     ),
     Mutant(
         "MS11",
@@ -310,7 +310,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "MS31",
         "An abandoned step leaves the decodes' counts advanced.",
         ("S2",),
-        edits=(Edit(f"{_PLANNING}:_uncount_decodes", "books.slots.restore(flight.slots, flight.columns)", "pass"),),
+        edits=(Edit(f"{_PLANNING}:_uncount_decodes", "books.slots.restore(flight.columns)", "pass"),),
     ),
     Mutant(
         "MS32",

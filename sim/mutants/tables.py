@@ -49,8 +49,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 "paged_attention.rows:make_plan",
-                "table[1:] = page_table[slots, : table.shape[1]]",
-                "table[1:-1] = page_table[slots[:-1], : table.shape[1]]",
+                "    for array in (columns, tokens, pages):\n",
+                "    pages[-1:] *= not native.schedule_decodes\n    for array in (columns, tokens, pages):\n",
             ),
         ),
     ),

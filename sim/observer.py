@@ -42,3 +42,31 @@ class Observer(Protocol):
     def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
         """Nothing is left to come; `pending` are the requests that are unfinished all the same."""
         ...
+
+
+class Bystander:
+    """An observer that lets everything pass; subclasses override what they follow."""
+
+    def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
+        """See Observer."""
+
+    def cancelled(self, now_ns: int, request: int, effects: tuple[Effect, ...]) -> None:
+        """See Observer."""
+
+    def planned(self, now_ns: int, plan: StepPlan) -> None:
+        """See Observer."""
+
+    def idle(self, now_ns: int) -> None:
+        """See Observer."""
+
+    def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
+        """See Observer."""
+
+    def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
+        """See Observer."""
+
+    def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
+        """See Observer."""
+
+    def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
+        """See Observer."""

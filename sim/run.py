@@ -13,6 +13,7 @@ from invariants.violation import Violation
 from sim.build import build_auditor, build_core, cache_spec, open_backend
 from sim.cache_hash import cache_hash
 from sim.cost_model import cost_model
+from sim.deep import DeepResult, judge_deep
 from sim.engine import Engine, PartError, Parts, Progress
 from sim.event_log import EventLog
 from sim.exit_codes import ExitCode
@@ -72,12 +73,14 @@ def run(
     plan_log: Path | None = None,
     workload: Workload | None = None,
     audit: bool = True,
+    deep_progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Run a scenario.
 
     `out` is an existing folder that takes the record; None: nothing is written. `progress` is called now and then.
     `plan_log` is a file for `kvproof judge` (gzip where its name ends in .gz). `workload` takes the place of what the
-    scenario's workload section stands for. With `audit` False nothing is checked.
+    scenario's workload section stands for. With `audit` False nothing is checked. `deep_progress` is told what
+    comes next, where the scenario asks for deep checks.
 
     UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. SetupError: it cannot be built
     like that. TraceError: the workload's file is wrong. OSError: the disk does not take the record.
@@ -86,7 +89,7 @@ def run(
     """
     mutant = find_mutant(scenario.plant) if scenario.plant else None
     with planted(mutant):
-        return _run(scenario, mutant, out, progress, plan_log, workload, audit)
+        return _run(scenario, mutant, out, progress, plan_log, workload, audit, deep_progress)
 
 
 def _run(
@@ -97,6 +100,7 @@ def _run(
     plan_log: Path | None,
     workload: Workload | None,
     audit: bool,
+    deep_progress: Callable[[str], None] | None,
 ) -> Report:
     clocks = _Clocks()
     core = build_core(scenario, mutant)
@@ -133,9 +137,10 @@ def _run(
             cache_digest = None if skipped else cache_hash(backend, cache_spec(scenario))
         finally:
             backend.close()
-        summary = _summary(scenario, parts, ending, described)
+        deep, ending = _look_deeper(scenario, mutant, parts, ending, interrupt, deep_progress)
+        summary = _summary(scenario, parts, ending, described, deep)
         summary["cache_hash"] = cache_digest
-        report = _report(scenario, parts, ending, summary, out)
+        report = _report(scenario, parts, ending, summary, deep, out)
         summary.update(clocks.figures())
         if out is not None:
             if report.violations or ending.crash:
@@ -187,7 +192,35 @@ def _played(engine: Engine) -> _Ending:
     return _Ending(engine.close())
 
 
-def _summary(scenario: Scenario, parts: Parts, ending: _Ending, described: dict[str, str]) -> dict[str, Any]:
+def _look_deeper(
+    scenario: Scenario,
+    mutant: Mutant | None,
+    parts: Parts,
+    ending: _Ending,
+    interrupt: Interrupt,
+    progress: Callable[[str], None] | None,
+) -> tuple[DeepResult | None, _Ending]:
+    """Where the scenario asks for it, and the run came to its end: what only more runs can judge."""
+    settings, auditor = scenario.invariants, parts.auditor
+    if not settings.deep or auditor is None or _cut_short(ending) is not None:
+        return None, ending
+    if settings.stop == "first" and auditor.violations:
+        return None, ending
+    try:
+        deep = judge_deep(scenario, mutant, progress=progress, checkpoint=interrupt.check)
+    except KeyboardInterrupt:
+        return None, replace(ending, interrupted=True)
+    return deep, replace(ending, crash=deep.crash)
+
+
+def _violations(parts: Parts, deep: DeepResult | None) -> tuple[Violation, ...]:
+    always = parts.auditor.violations if parts.auditor is not None else ()
+    return (*always, *(deep.violations if deep is not None else ()))
+
+
+def _summary(
+    scenario: Scenario, parts: Parts, ending: _Ending, described: dict[str, str], deep: DeepResult | None
+) -> dict[str, Any]:
     auditor = parts.auditor
     figures = run_figures(parts.recorder, ending.end_ns, parts.workload.skipped)
     if auditor is not None:
@@ -202,13 +235,24 @@ def _summary(scenario: Scenario, parts: Parts, ending: _Ending, described: dict[
         "backend": scenario.backend.kind,
         "device": described,
         **figures,
-        "invariants": auditor.counters() if auditor is not None else {},
-        "violations": [violation.to_json() for violation in auditor.violations] if auditor is not None else [],
+        "invariants": {
+            **(auditor.counters() if auditor is not None else {}),
+            **(deep.counters if deep is not None else {}),
+        },
+        "deep": deep.to_json() if deep is not None else None,
+        "violations": [violation.to_json() for violation in _violations(parts, deep)],
         "crash": ending.crash,
     }
 
 
-def _report(scenario: Scenario, parts: Parts, ending: _Ending, summary: dict[str, Any], out: Path | None) -> Report:
+def _report(
+    scenario: Scenario,
+    parts: Parts,
+    ending: _Ending,
+    summary: dict[str, Any],
+    deep: DeepResult | None,
+    out: Path | None,
+) -> Report:
     checks = check_expectations(scenario.expect, summary)
     exit_code, verdict = _verdict(checks, ending)
     summary["expectations"] = [check.to_json() for check in checks]
@@ -216,7 +260,7 @@ def _report(scenario: Scenario, parts: Parts, ending: _Ending, summary: dict[str
     return Report(
         scenario=scenario,
         summary=summary,
-        violations=tuple(parts.auditor.violations) if parts.auditor is not None else (),
+        violations=_violations(parts, deep),
         checks=checks,
         exit_code=exit_code,
         recorder=parts.recorder,

@@ -40,6 +40,9 @@ def run_scenarios(
         Path | None,
         typer.Option("--plan-log", metavar="FILE", help="Also write a log for `kvproof judge` (.gz: gzip)."),
     ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also check what only more runs can judge (invariants.deep: true).")
+    ] = False,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No plots, report or trace.")] = False,
 ) -> int:
     """Run scenarios through the real scheduler, page manager and cache writes; check every step.
@@ -55,6 +58,7 @@ def run_scenarios(
 
     if plan_log is not None and len(scenarios) > 1:
         raise typer.BadParameter("one log holds one run: give a single scenario", param_hint="--plan-log")
+    overrides = [*(overrides or ()), "invariants.deep=true"] if deep else overrides
     loaded = [(path, load_scenario(path, overrides or (), seed)) for path in scenarios]
     summaries: list[dict[str, Any]] = []
     statuses: list[int] = []
@@ -85,7 +89,13 @@ def run_one(scenario: Scenario, folder: Path, plan_log: Path | None, notes: Cons
     from sim.run import run
 
     with progress_bar(notes, scenario.name, shown=not notes.quiet) as progress:
-        report = run(scenario, out=folder, progress=progress, plan_log=plan_log)
+        report = run(
+            scenario,
+            out=folder,
+            progress=progress,
+            plan_log=plan_log,
+            deep_progress=lambda text: notes.print(f"deep: {text}", style="dim", markup=False),
+        )
     return report.summary, int(report.exit_code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from invariants.catalogue import CATALOGUE
 from sim.scenario.memory import GIB, host_bytes, physical_memory
 from sim.scenario.workload_models import ConcurrentArrivals, ScriptedArrivals, StagedArrivals, TraceArrivals, shortest
 
@@ -122,6 +123,11 @@ def _expectations(scenario: Scenario) -> Iterator[Problem]:
     for index, name in enumerate(expect.violated):
         if only is not None and name not in only:
             yield ("expect", "violated", index), f"{name} is not among invariants.only, so it is never checked"
+    for key, names in (("only", only or ()), ("violated", expect.violated)):
+        deep = [name for name in names if CATALOGUE[name].mode == "deep"]
+        if deep and not scenario.invariants.deep:
+            where = ("invariants", "only") if key == "only" else ("expect", "violated")
+            yield where, f"{', '.join(deep)} takes more runs than one; set invariants.deep: true, or run with --deep"
     for key in ("violations", "finished", "cancelled", "rejected", "preemptions", "steps"):
         bound = getattr(expect, key)
         low, high = getattr(bound, "min", None), getattr(bound, "max", None)

@@ -175,6 +175,9 @@ class InvariantSettings(Section):
     only: Annotated[tuple[InvariantId, ...], Field(strict=False)] | None = Field(
         default=None, description="Check these only; null: all."
     )
+    deep: bool = Field(
+        default=False, description="Also check what only a second run can judge; it takes a dozen more runs."
+    )
 
 
 class CountRange(Section):

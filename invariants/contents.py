@@ -3,7 +3,8 @@
 The shadow holds, for each place of the pool, the kv_id that must lie there (0: never written). What is compared:
 
 - each checked step: every place the step wrote, and one older token of each decode row; of all pages touched when these
-  are at most SMALL_PLACES, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages;
+  are at most SMALL_PLACES, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages; a pool of
+  at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it went;
 - each `full_every`-th step and at the end: every place of the pool but the dummy page.
 
 One `verify` call a step. Pages of rows that are dead on the device (their EOS came at an earlier step) are not written.
@@ -27,7 +28,7 @@ from paged_attention import fingerprint
 from paged_attention.plan import WrongPlace
 
 SMALL_PLACES = 1024
-"""Up to here all places of the touched pages are compared in every step: a few kilobytes of ids."""
+"""Up to here all places of the touched pages (or of the pool) are compared in every step: a few kilobytes of ids."""
 
 WHOLE_PAGES_EVERY = 8
 """Beyond that, whole touched pages are compared each n-th step."""
@@ -81,6 +82,9 @@ class ContentJudge:
         """Follow a step's writes, and (`check`) compare the device with the shadow."""
         written = self._follow(flight)
         if not check:
+            return
+        if self.shadow.size <= SMALL_PLACES:
+            self._verify_pages(self._allocatable(), device, written)
             return
         touched = np.flatnonzero(np.bincount(written.pages, minlength=len(self.shadow))).astype(np.int32)
         if len(touched) * self.ledger.page_size <= SMALL_PLACES or self.findings.step % WHOLE_PAGES_EVERY == 0:
@@ -165,7 +169,11 @@ class ContentJudge:
 
     def whole_pool(self, device: Device) -> None:
         """Compare every place but the dummy page's."""
-        self._verify_pages(np.arange(1, len(self.shadow), dtype=np.int32), device, None)
+        self._verify_pages(self._allocatable(), device, None)
+
+    def _allocatable(self) -> Int32[ndarray, " pages"]:
+        """Every page but the dummy."""
+        return np.arange(1, len(self.shadow), dtype=np.int32)
 
     # ---- what is wrong
 

@@ -28,18 +28,19 @@ class Decoder:
 
     def _words(self, ids: UInt32[ndarray, " ids"], place: WrongPlace, dtype: str) -> NDArray[np.unsignedinteger]:
         salt = self.salts[place.layer, KINDS.index(place.kind), place.head]
-        return fingerprint.words(ids[:, None], salt[None, : len(place.found)], dtype)
+        return fingerprint.words(ids[:, None], salt[None], dtype)
 
     def learn(self, place: WrongPlace, expected: int) -> None:
         """Narrow the dtype down by a place whose expected id is known."""
         if expected and len(self.dtypes) > 1:
             ids = np.array([expected], np.uint32)
-            fits = [d for d in self.dtypes if self._words(ids, place, d)[0].tolist() == list(place.expected)]
+            expected = list(place.expected[: self.head_dim])
+            fits = [d for d in self.dtypes if self._words(ids, place, d)[0].tolist() == expected]
             self.dtypes = fits or self.dtypes
 
     def matches(self, place: WrongPlace, ids: UInt32[ndarray, " ids"]) -> NDArray[np.intp]:
-        """Indices of the ids whose words are the found ones."""
-        found = np.array(place.found, np.uint64)
+        """Indices of the ids whose words are the found ones; a scale behind the words is left out."""
+        found = np.array(place.found[: self.head_dim], np.uint64)
         for dtype in self.dtypes:
             hits = np.flatnonzero((self._words(ids, place, dtype).astype(np.uint64) == found).all(axis=1))
             if len(hits):

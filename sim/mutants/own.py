@@ -1,4 +1,4 @@
-"""Planted bugs in places that the catalogues leave out: pages and slots (KP), the scheduler (KS), the device (KK)."""
+"""Planted bugs in places that the catalogues leave out: pages and slots (KP), the scheduler (KS)."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ class ContentJudge:
     def _planned_place(self, place: WrongPlace, decoder: Decoder, before: np.void) -> None:
         at = place.page, place.offset
         expected = _name(self.shadow[at])
-        if decoder.equals(place, int(before["id"])):
+        if int(before["id"]) != int(self.shadow[at]["id"]) and decoder.equals(place, int(before["id"])):
             found = _name(before)
             message = f"{_where(place)} was planned to be written with {expected}, but still holds {found}"
         else:
@@ -234,6 +234,8 @@ class ContentJudge:
         """The owner of the words found, as far as the books remember."""
         if not any(place.found):
             return "nothing (zeros)"
+        if place.found[: decoder.head_dim] == place.expected[: decoder.head_dim]:
+            return f"its words with another scale: bits {place.found[-1]:#x} in place of {place.expected[-1]:#x}"
         flat = self.shadow.reshape(-1)
         known = np.flatnonzero(flat["id"])
         hits = decoder.matches(place, flat["id"][known])

@@ -6,19 +6,27 @@ from sim.mutants.edit import Edit
 from sim.mutants.mutant import Mutant
 
 _NATIVE = "backends.jax_roads:native_step"
+_NOTE = "paged_attention.books:Books.note_tokens"
 _ENGINE = "paged_attention.engine:PagedAttentionEngine"
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MI02",
-        "The tokens of a step go to the requests in the slots of the newest plan.",
-        ("O1", "S3"),
+        "The tokens of a step go, row by row, to the slots of the plan after it.",
+        ("S3",),
         edits=(
             Edit(
-                f"{_ENGINE}.apply",
-                "books.note_tokens(flight, outcome)",
-                "books.note_tokens(books.flights[-1] if books.flights else flight, outcome)",
+                _NOTE,
+                "self.slots, flight.slots,",
+                "self.slots, (self.flights or [flight])[0].slots[: len(flight.slots)],",
             ),
+            Edit(
+                _NOTE,
+                "outcome.token[flight.plan.num_rows - len(slots) :]",
+                "outcome.token[-len(flight.slots) :][: len(slots)]",
+            ),
+            Edit(_NOTE, "flight.columns[POSITION]", "flight.columns[POSITION][: len(slots)]"),
+            Edit(_NOTE, "(table.key[slots] == flight.columns[KEY])", "(table.key[slots] >= 0)"),
         ),
     ),
     Mutant(
@@ -31,6 +39,22 @@ MUTANTS: tuple[Mutant, ...] = (
                 _NATIVE,
                 "jnp.atleast_1d(params.seed).astype(jnp.uint32)",
                 "jnp.arange(jnp.atleast_1d(params.seed).shape[0], dtype=jnp.uint32)",
+            ),
+        ),
+        driver="device-starved",
+    ),
+    Mutant(
+        "MI05",
+        "A request that is fed again after a preemption draws with a new seed.",
+        ("O1",),
+        where="device",
+        edits=(
+            Edit(
+                "paged_attention.books:Books.preempt",
+                "self.scheduler.requeue_prefill_request(sequence.prefill)",
+                "params = sequence.prefill.sampling_params\n"
+                "    params.seed = params.seed + np.uint32(sequence.admission)\n"
+                "    self.scheduler.requeue_prefill_request(sequence.prefill)",
             ),
         ),
         driver="device-starved",
@@ -64,4 +88,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("MI09", "A stop string that two deltas share is missed.", ("O3",), waits_for="stop strings"),
     Mutant("MI10", "The last delta is dropped where the end comes with it.", ("O10",), waits_for="text deltas"),
     Mutant("MI11", "Padded query starts are 0 in place of the total.", ("S8",), waits_for="packed query starts"),
+    Mutant(
+        "MI12",
+        "The rows that pad a chunk are counted as scheduled tokens.",
+        ("M1",),
+        edits=(
+            Edit(
+                "sim.record:Recorder.planned",
+                "self.scheduled_tokens += num_tokens",
+                "self.scheduled_tokens += num_tokens + (-prefill_tokens % 8)",
+            ),
+        ),
+    ),
 )

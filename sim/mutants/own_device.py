@@ -54,9 +54,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 _DECODES,
-                '[pool.at[index].set(layout.from_tokens(rows), mode="drop") for pool, rows in zip(pools, tokens, strict=True)]',
-                "[pool.at[index].set(layout.from_tokens(rows) if nth % 2 == 0 else rows.reshape(rows.shape[1],"
-                ' rows.shape[0], -1), mode="drop") for nth, (pool, rows) in enumerate(zip(pools, tokens, strict=True))]',
+                "layout.from_tokens(rows)",
+                "(layout.from_tokens(rows) if pool is pools[0] else rows.reshape(rows.shape[1], rows.shape[0], -1))",
             ),
         ),
         driver="device-starved",
@@ -85,11 +84,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "KK08",
-        "A released slot keeps its position on the device and writes on.",
-        ("K2",),
+        "A released slot keeps its position on the device as if somebody sat there.",
+        ("T6",),
         where="device",
         edits=(Edit(f"{_IO}:_released", "xp.where(gone, FREE_POSITION, batch.positions)", "batch.positions"),),
-        driver="device-rows",
+        driver="device-int8",
     ),
     Mutant(
         "KK09",
@@ -101,10 +100,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "KK10",
-        "A new decode takes up the newest first token that the device holds, whoever's it is.",
+        "A new decode takes up the oldest first token that the device holds, whoever's it is.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(f"{_NEWS}:_held", "prefill_outputs[task.id]", "list(prefill_outputs.values())[-1]"),),
+        edits=(Edit(f"{_NEWS}:_held", "prefill_outputs[task.id]", "next(iter(prefill_outputs.values()))"),),
         driver="device-lag",
     ),
     Mutant(
@@ -128,7 +127,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "Page ids are narrowed to int8 before a decode writes.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(_DECODES, "entry[:, None], axis=1)[:, 0]", "entry[:, None], axis=1)[:, 0].astype(jnp.int8)"),),
+        edits=(
+            Edit(
+                _DECODES,
+                "entry[:, None], axis=1)[:, 0]",
+                "entry[:, None], axis=1)[:, 0].astype(jnp.int8).astype(jnp.int32)",
+            ),
+        ),
         driver="device-wide",
     ),
     Mutant(
@@ -156,7 +161,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK16",
         "A padding row of the news is inserted into slot 0.",
-        ("K1", "K3"),
+        ("T6", "K1", "K3"),
         where="device",
         edits=(Edit(f"{_NEWS}:_nothing_new", 'view(packed, parts["insert_slots"])[:] = shape.batch_size', ""),),
         driver="device-starved",
@@ -164,7 +169,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK17",
         "A padding page update clears the first page of slot 0.",
-        ("K1", "K3"),
+        ("O1", "T1"),
         where="device",
         edits=(Edit(f"{_NEWS}:_nothing_new", 'view(packed, parts["update_slots"])[:] = shape.batch_size', ""),),
         driver="device-starved",
@@ -198,7 +203,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK21",
         "The length of a chunk's sequence is the end of the padded chunk.",
-        ("K2", "O1"),
+        ("O1", "K2"),
         where="device",
         edits=(
             Edit(
@@ -211,18 +216,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "KK22",
-        "The news of a step are inserted after its page updates, which they overwrite.",
+        "A page update lands one entry early in the table, on the sequence's page before it.",
         ("K1", "K3"),
         where="device",
         edits=(
             Edit(
-                "paged_attention.batch:ActiveSequenceBatch.insert_decode_state",
-                "        table = put_rows(table, places, update.page_update_mapped_idxs)",
-                "        table = put_rows(self.page_table, places, update.page_update_mapped_idxs)\n"
-                "        table = put_rows(table, insert_slots, update.page_table)",
+                f"{_NEWS}:update_batch",
+                'page_update_page_idxs=news["update_page_idxs"]',
+                'page_update_page_idxs=abs(news["update_page_idxs"] - 1)',
             ),
         ),
-        driver="device-lag",
+        driver="device-starved",
     ),
     Mutant(
         "KK23",
@@ -247,7 +251,7 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit(
                 f"{_MODEL}._sample",
                 "table.append(decodes.decodes_page_table)",
-                "table.append(jnp.broadcast_to(table[0], decodes.decodes_page_table.shape) if table else decodes.decodes_page_table)",
+                "table.append(0 * decodes.decodes_page_table + (table[0] if table else decodes.decodes_page_table))",
             ),
         ),
         driver="device-starved",

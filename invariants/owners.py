@@ -34,8 +34,8 @@ class Decoder:
         """Narrow the dtype down by a place whose expected id is known."""
         if expected and len(self.dtypes) > 1:
             ids = np.array([expected], np.uint32)
-            expected = list(place.expected[: self.head_dim])
-            fits = [d for d in self.dtypes if self._words(ids, place, d)[0].tolist() == expected]
+            words = list(place.expected[: self.head_dim])
+            fits = [d for d in self.dtypes if self._words(ids, place, d)[0].tolist() == words]
             self.dtypes = fits or self.dtypes
 
     def matches(self, place: WrongPlace, ids: UInt32[ndarray, " ids"]) -> NDArray[np.intp]:

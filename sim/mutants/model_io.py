@@ -25,7 +25,13 @@ MUTANTS: tuple[Mutant, ...] = (
                 "outcome.token[flight.plan.num_rows - len(slots) :]",
                 "outcome.token[-len(flight.slots) :][: len(slots)]",
             ),
-            Edit(_NOTE, "flight.columns[POSITION]", "flight.columns[POSITION][: len(slots)]"),
+            Edit(
+                _NOTE,
+                "flight.slots, flight.columns[POSITION]",
+                "flight.slots, flight.columns[POSITION]\n"
+                "    later = self.flights[0].slots if self.flights else slots\n"
+                "    slots = later if len(later) == len(slots) else slots",
+            ),
             Edit(_NOTE, "(table.key[slots] == flight.columns[KEY])", "(table.key[slots] >= 0)"),
         ),
     ),

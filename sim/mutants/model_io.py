@@ -17,23 +17,19 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 _NOTE,
-                "self.slots, flight.slots,",
-                "self.slots, (self.flights or [flight])[0].slots[: len(flight.slots)],",
+                "flight.columns[SLOT], flight.columns[POSITION]",
+                "flight.columns[SLOT], flight.columns[POSITION]\n"
+                "    slots = (self.flights[0].columns[SLOT] if self.flights else slots)[: len(slots)]\n"
+                "    positions = positions[: len(slots)]",
             ),
             Edit(
                 _NOTE,
-                "outcome.token[flight.plan.num_rows - len(slots) :]",
-                "outcome.token[-len(flight.slots) :][: len(slots)]",
-            ),
-            Edit(
-                _NOTE,
-                "flight.slots, flight.columns[POSITION]",
-                "flight.slots, flight.columns[POSITION]\n"
-                "    later = self.flights[0].slots if self.flights else slots\n"
-                "    slots = later if len(later) == len(slots) else slots",
+                "flight.plan.num_rows - len(slots) :]",
+                "flight.plan.num_rows - flight.columns.shape[1] :][: len(slots)]",
             ),
             Edit(_NOTE, "(table.key[slots] == flight.columns[KEY])", "(table.key[slots] >= 0)"),
         ),
+        driver="host-prefill-first",
     ),
     Mutant(
         "MI04",

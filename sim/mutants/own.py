@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sim.mutants import own_schedule
 from sim.mutants.edit import Edit
 from sim.mutants.mutant import Mutant
 
@@ -167,4 +168,4 @@ PAGES: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = PAGES
+MUTANTS: tuple[Mutant, ...] = (*PAGES, *own_schedule.MUTANTS)

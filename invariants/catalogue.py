@@ -188,7 +188,8 @@ _ENTRIES = (
         "The device rows that a step uses are at least as new as the last host change of them.",
         "A page appended too late on the device is not written.",
         "step",
-        "device rows by sample, where a row was changed",
+        "each step",
+        "row versions on the device",
     ),
     Entry(
         "T6",
@@ -255,7 +256,8 @@ _ENTRIES = (
         "K and V, heads, dtype and scales survive the round trip through the cache.",
         "Exchanged streams attend to values.",
         "rows",
-        "wherever K1 or K2 finds a wrong place",
+        "inside K1",
+        "quantised scales in evidence",
     ),
     Entry(
         "K8",
@@ -263,7 +265,8 @@ _ENTRIES = (
         "Number and size of live cache buffers stay constant, and a donated buffer is not used again.",
         "A dropped donation copies the pool each step.",
         "step",
-        "by sample",
+        "each step",
+        "buffer counts from the backend",
     ),
     Entry(
         "K9",
@@ -279,7 +282,8 @@ _ENTRIES = (
         "The shards of the cache together hold each position once.",
         "A wrong sharding spec replicates or drops heads.",
         "full",
-        "full steps",
+        "rarely",
+        "shards in evidence",
     ),
     Entry(
         "S1",
@@ -343,7 +347,8 @@ _ENTRIES = (
         "Query starts are monotone, end at the total, and the logits row of a request is its last one.",
         "A wrong row answers with a stranger's token.",
         "rows",
-        "each plan and row; spans and sampled rows on the device by sample",
+        "each step",
+        "packed query starts in the plan",
     ),
     Entry(
         "S9",
@@ -535,7 +540,8 @@ _ENTRIES = (
         "A row uses its own request's sampling parameters, and randomness depends on seed and position only.",
         "Parameters shifted by one row are somebody else's temperature.",
         "rows",
-        "neutral rows and the device's rows by sample",
+        "each row",
+        "sampling parameters in the outcome",
     ),
     Entry(
         "X1",
@@ -723,7 +729,8 @@ _ENTRIES = (
         "A sequence wastes less than a page, and the sum of waste is allocated minus used.",
         "Fragmentation is quoted from this sum.",
         "rows",
-        "each measurement; each sequence on full steps",
+        "each measurement",
+        "fragmentation in the record's gauges",
     ),
     Entry(
         "M7",
@@ -731,7 +738,8 @@ _ENTRIES = (
         "Padding counts nowhere.",
         "Padded tokens make throughput look better than it is.",
         "step",
-        "each measurement",
+        "each step",
+        "padded sizes in the record",
     ),
     Entry(
         "M8",
@@ -739,7 +747,8 @@ _ENTRIES = (
         "Plotted series equal those recomputed from the event log.",
         "A plot that drifts from its data misleads.",
         "once",
-        "end of the run",
+        "reports",
+        "recomputation from the plan log",
     ),
 )
 

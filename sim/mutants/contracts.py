@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from sim.mutants.api_contracts import API_CONTRACTS
 from sim.replay import load_recorded, replay
 from sim.run import run
 from sim.scenario import Scenario
@@ -67,10 +66,5 @@ def replays() -> list[str]:
         return list(replay(load_recorded(Path(folder))).differences)
 
 
-CONTRACTS: Final[dict[str, Callable[[], list[str]]]] = {
-    "streams": streams,
-    "faults": faults,
-    "replays": replays,
-    **API_CONTRACTS,
-}
+CONTRACTS: Final[dict[str, Callable[[], list[str]]]] = {"streams": streams, "faults": faults, "replays": replays}
 """By name: what was not kept, nothing where all was."""

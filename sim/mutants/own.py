@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sim.mutants import own_schedule
 from sim.mutants.edit import Edit
 from sim.mutants.mutant import Mutant
 
@@ -130,7 +129,7 @@ PAGES: tuple[Mutant, ...] = (
     Mutant(
         "KP12",
         "The pages that a step which never ran was to tell the device of are never told.",
-        ("T1", "K1", "O1"),
+        ("K3", "K1", "O1"),
         where="device",
         edits=(
             Edit(
@@ -139,6 +138,7 @@ PAGES: tuple[Mutant, ...] = (
                 "for update in []:",
             ),
         ),
+        driver="device-lag",
     ),
     Mutant(
         "KP13",
@@ -168,4 +168,4 @@ PAGES: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*PAGES, *own_schedule.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = PAGES

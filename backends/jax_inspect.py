@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from backends import jax_probe as probe
 from backends.jax_programs import Programs
 from backends.jax_step import Pools
-from backends.words import KINDS, ONE_BITS, check_places
+from backends.words import KINDS, check_places, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 from paged_attention.plan import CacheBuffers, Ints, ShardedArray, WrongPlace
 
@@ -68,9 +68,8 @@ def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 plac
     ids = kv_ids.view(np.uint32)[:, None, None, None, None]
     expected = words(ids, programs.model.salts, programs.model.dtype)
     if scales is not None:
-        one = np.where(ids == 0, 0, ONE_BITS).astype(np.uint32)
         found = np.concatenate([found, scales[..., None]], axis=-1)
-        expected = np.concatenate([expected, np.broadcast_to(one, (*scales.shape, 1))], axis=-1)
+        expected = np.concatenate([expected, scale_bits(ids, programs.model.salts[..., :1])], axis=-1)
     wrong: list[WrongPlace] = []
     for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1))[:limit].tolist():
         held, wanted = (tuple(array[place, layer, kind, head].tolist()) for array in (found, expected))

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
 from backends.jax_step import Pools, ScriptedModel
-from backends.words import ONE_BITS, poison_scale, poison_word
+from backends.words import poison_scale, poison_word, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 
 PLACES_PER_CALL = (128, 512, 1024, 8192)
@@ -37,7 +37,7 @@ def differing_bits(model: ScriptedModel, pools: Pools, packed: Int32[Array, "3 p
     wrong = wrong.astype(jnp.uint32) | outside
     if scales is None:
         return wrong
-    expected_scales = jnp.where(identity == 0, 0, ONE_BITS).astype(jnp.uint32)[:, None, None, None]
+    expected_scales = scale_bits(identity[:, None, None, None], model.salts[..., 0], jnp)
     return wrong | lax.reduce(scales ^ expected_scales, np.uint32(0), lax.bitwise_or, (0, 1, 2))
 
 

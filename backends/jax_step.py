@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 from backends.jax_reader import PageReader
 from backends.protocol import CacheSpec, ModelSpec
-from backends.words import stored_dtype
+from backends.words import scale_bits, stored_dtype
 from paged_attention.arrays import is_present
 from paged_attention.cache import PagedAttentionCacheView
 from paged_attention.fingerprint import kv_id, salts, token, words
@@ -129,8 +129,14 @@ class ScriptedModel:
 
     def _write(self, views: list[PagedAttentionCacheView], identity: Any, attn_meta: Any) -> list[Any]:
         raw = words(identity[:, None, None, None, None], self.salts, self.dtype, jnp)
-        stored = jnp.int8 if self.cache.quantize else jnp.dtype(self.cache.dtype)
-        vectors = lax.bitcast_convert_type(raw, stored).astype(jnp.dtype(self.cache.dtype))
+        if self.cache.quantize:
+            scale = lax.bitcast_convert_type(
+                scale_bits(identity[:, None, None, None], self.salts[..., 0], jnp), jnp.float32
+            )
+            values = lax.bitcast_convert_type(raw, jnp.int8).astype(jnp.float32) * scale[..., None]
+        else:
+            values = lax.bitcast_convert_type(raw, jnp.dtype(self.cache.dtype))
+        vectors = values.astype(jnp.dtype(self.cache.dtype))
         return [
             self.writer(view, vectors[:, layer, 0], vectors[:, layer, 1], attn_meta) for layer, view in enumerate(views)
         ]

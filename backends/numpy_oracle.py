@@ -12,7 +12,6 @@ from backends.none import DoneStep
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
 from backends.words import (
     KINDS,
-    ONE_BITS,
     check_places,
     check_plan,
     lane_words,
@@ -20,6 +19,7 @@ from backends.words import (
     poison_word,
     read_lane,
     read_vector,
+    scale_bits,
     stored_dtype,
 )
 from paged_attention.fingerprint import WORD_MASK, kv_id, salts, token, words
@@ -90,7 +90,7 @@ class NumpyBackend:
             identity = kv_id(rows.kv_base[row : row + 1], np.array([position]))
             self._words[..., page, offset, :] = words(identity, self._salts, self._dtype)
             if self._cache.quantize:
-                self._scales[..., page, offset] = 1
+                self._scales[..., page, offset] = scale_bits(identity, self._salts[..., 0]).view(np.float32)
 
     def _sample(self, plan: StepPlan, rows: ModelRows, row: int, end: int) -> tuple[int, bool]:
         eos = end == rows.eos_position[row]
@@ -145,7 +145,7 @@ class NumpyBackend:
             expected = words(identity[None], self._salts, self._dtype)
             if self._cache.quantize:
                 bits = self._scales[:, :, :, page, offset].view(np.uint32)
-                scale = np.full_like(bits, ONE_BITS if identity else 0)
+                scale = scale_bits(identity, self._salts[..., 0])
                 found = np.concatenate([found, bits[..., None]], axis=-1)
                 expected = np.concatenate([expected, scale[..., None]], axis=-1)
             for layer, kind, head in np.argwhere((found != expected).any(axis=-1)).tolist():

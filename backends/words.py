@@ -1,7 +1,7 @@
 """What every backend with a cache agrees on: the stored words, which of them the reader reads, and how they are spoilt.
 
 Arrays of stored words are unsigned integers. Where pages are quantised the int8 values are the words, and the float32
-scale of each token and head counts as one word more, its raw bits.
+scale of each token and head counts as one word more, its raw bits (`scale_bits`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from paged_attention.fingerprint import GOLDEN, WORD_MASK, mix32, words
 from paged_attention.plan import Ints, StepPlan
 
 KINDS: tuple[Literal["K", "V"], ...] = ("K", "V")
-ONE_BITS = int(np.float32(1).view(np.uint32))
-"""The scale of every fingerprint: lane 0 is 127."""
 
 
 def stored_dtype(cache: CacheSpec) -> str:
@@ -67,6 +65,17 @@ def lane_words(ids: Any, lane_salt: Any, lane: Any, dtype: str, xp: ModuleType =
     ids, salt, lane = xp.broadcast_arrays(ids, lane_salt, lane)
     pair = words(ids[..., None], xp.stack([salt, salt], axis=-1), dtype, xp)
     return xp.where(lane == 0, pair[..., 0], pair[..., 1])
+
+
+def scale_bits(ids: Any, vector_salts: Any, xp: ModuleType = np) -> Any:
+    """Raw float32 bits of the scales of tokens `ids` in quantised vectors (broadcast): powers of two, 2**-8 to 2**7.
+
+    `vector_salts` are the `fingerprint.salts` of lane 0. As that lane is 127, words times a power of two are quantised
+    to these very words and this scale, which differs from token to token and from head to head. Id 0 has scale 0.
+    """
+    mixed = (ids ^ vector_salts) * xp.uint32(GOLDEN)
+    bits = (xp.uint32(127 - 8) + (mixed >> xp.uint32(28))) << xp.uint32(23)
+    return xp.where(ids == xp.uint32(0), xp.uint32(0), bits)
 
 
 def poison_word(dtype: str, how: Literal["nan", "big"]) -> int:

@@ -61,7 +61,7 @@ def words(ids: Any, salt: Any, dtype: str, xp: ModuleType = np) -> Any:
     """Raw words of tokens `ids` under `salt` (broadcast together), in the word dtype of cache dtype `dtype`.
 
     For a cache of dtype int8 the word is the two's complement of a value in -127..127; lane 0 of every head (the last
-    axis) is 127, so that a per-head scale is exactly 1.
+    axis) is 127, the largest, so that the words times a power of two are quantised to themselves and that scale.
     """
     word, mask = WORD_MASK[dtype]
     width = np.dtype(word).itemsize * 8

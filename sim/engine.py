@@ -119,6 +119,11 @@ class Engine:
         self._error: BaseException | None = None
 
     @property
+    def num_plans(self) -> int:
+        """Steps planned so far, failed ones included."""
+        return self._num_plans
+
+    @property
     def now_ns(self) -> int:
         """Simulated time."""
         return int(self._env.now)

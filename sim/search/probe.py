@@ -1,0 +1,92 @@
+"""One scenario through the real engine, core and judge, with nothing written and nothing drawn: what did it show?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from backends.protocol import Backend
+from invariants.violation import Violation
+from sim.cores.protocol import ServingCore
+from sim.cost_model import cost_model
+from sim.engine import Engine, PartError, Parts
+from sim.faults import FaultSchedule
+from sim.mutants import Mutant, find_mutant, planted
+from sim.observer import Observer
+from sim.record import Recorder
+from sim.run import build_auditor, build_core, open_backend
+from sim.scenario import Scenario
+from sim.script import RequestScript
+from sim.workload import Workload, concrete_faults, generate, prompt_tokens
+
+CRASH = "crash"
+"""Stands for an invariant's id where the core or the backend raised."""
+
+CoreMaker = Callable[[Scenario], ServingCore]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a scenario showed: `id` is that of the first violation, CRASH, or "" where everything held."""
+
+    id: str
+    step: int
+    """The newest step when it was found; of a run that held, the number of its plans."""
+    trace_hash: str
+    message: str
+    plans: int
+    """Steps planned: each of them was checked."""
+    violation: Violation | None = None
+
+
+def probe(scenario: Scenario, *, core: CoreMaker | None = None, observers: Sequence[Observer] = ()) -> Finding:
+    """Run a scenario to its first violation. Raises what `sim.run.run` raises before a run begins.
+
+    `core` makes the core under test; None: the one that the scenario names, with its planted bug.
+    """
+    mutant = find_mutant(scenario.plant) if scenario.plant else None
+    with planted(mutant):
+        built = build_core(scenario, mutant) if core is None else core(scenario)
+        return probe_parts(scenario, built, generate(scenario), mutant, observers)
+
+
+def probe_parts(
+    scenario: Scenario,
+    core: ServingCore,
+    workload: Workload,
+    mutant: Mutant | None = None,
+    observers: Sequence[Observer] = (),
+) -> Finding:
+    """`probe` with a core that is built already, and with a workload."""
+    recorder = Recorder(core.policy)
+    auditor = build_auditor(scenario, core)
+    backend: Backend = open_backend(scenario, mutant)
+    try:
+        parts = Parts(
+            core=core,
+            backend=backend,
+            script=RequestScript(scenario, prompt_tokens),
+            cost=cost_model(scenario.cost),
+            workload=workload,
+            faults=FaultSchedule(concrete_faults(scenario)),
+            recorder=recorder,
+            auditor=auditor,
+            observers=observers,
+        )
+        engine = Engine(parts)
+        crash = ""
+        try:
+            engine.run()
+            engine.judge_end()
+        except PartError as error:
+            crash = str(error)
+        engine.close()
+    finally:
+        backend.close()
+    digest, plans = recorder.hash.hexdigest, engine.num_plans
+    if auditor.violations:
+        first = auditor.violations[0]
+        return Finding(first.id, first.step, digest, str(first), plans, first)
+    if crash:
+        return Finding(CRASH, plans, digest, crash, plans)
+    return Finding("", plans, digest, "", plans)

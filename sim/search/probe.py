@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from backends.protocol import Backend
 from invariants.violation import Violation
+from sim.build import build_auditor, build_core, open_backend
 from sim.cores.protocol import ServingCore
 from sim.cost_model import cost_model
 from sim.engine import Engine, PartError, Parts
@@ -14,7 +15,6 @@ from sim.faults import FaultSchedule
 from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
 from sim.record import Recorder
-from sim.run import build_auditor, build_core, open_backend
 from sim.scenario import Scenario
 from sim.script import RequestScript
 from sim.workload import Workload, concrete_faults, generate, prompt_tokens

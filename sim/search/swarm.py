@@ -1,0 +1,148 @@
+"""Draws whole scenarios from a number: sizes, policies, requests, cancels and failed steps, extremes included.
+
+Half of the draws are uniform; the other half are swarms: some kinds of operation are off, and the rest have weights of
+their own, so that rare combinations (nothing but cancels and long prompts, say) come up often (Groce et al., "Swarm
+Testing", ISSTA 2012). Everything comes out spelled out: a scenario needs no generator to be run again.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sim.scenario import Scenario
+
+PAGE_SIZES: Final = (1, 2, 3, 4, 5, 8)
+CHUNKS: Final = (1, 2, 3, 4, 5, 7, 8, 16)
+MIXES: Final = ("mixed", "prefill_first", "decode_first")
+KINDS: Final = ("burst", "trickle", "long_prompt", "long_output", "one_token", "eos", "cancel", "fail", "too_long")
+"""Kinds of operation, each of which a swarm may leave out."""
+
+DEVICE_GEOMETRIES: Final = (
+    {"page_size": 4, "num_pages": 12, "max_sequence_length": 22, "batch_size": 4, "prefill_chunk": 5},
+    {"page_size": 2, "num_pages": 9, "max_sequence_length": 12, "batch_size": 2, "prefill_chunk": 4},
+    {"page_size": 8, "num_pages": 10, "max_sequence_length": 40, "batch_size": 4, "prefill_chunk": 8},
+    {"page_size": 3, "num_pages": 20, "max_sequence_length": 20, "batch_size": 8, "prefill_chunk": 3},
+)
+"""Sizes for a device, where every new one compiles anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a drawn scenario may be."""
+
+    max_requests: int = 24
+    max_pages: int = 24
+    max_slots: int = 5
+    max_length: int = 40
+    """Of a sequence, in tokens."""
+
+
+def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = Limits()) -> Scenario:  # noqa: B008
+    """Scenario `number` of the search with this seed; the same on every machine."""
+    source = random.Random(f"{seed}:{number}")  # Python's own: thirty small draws cost a tenth of NumPy's
+    sizes = _device_sizes(source) if backend == "jax" else _host_sizes(source, limits)
+    weights = _weights(source)
+    requests = _requests(source, weights, sizes, limits)
+    core = {
+        "batch_size": sizes["batch_size"],
+        "prefill_chunk": sizes["prefill_chunk"],
+        "lag": source.choice((0, 0, 1, 2)),
+        "mix": source.choice(MIXES),
+        "max_decode_wait": source.choice((0, 1, 4)),
+        "max_prefill_wait": source.choice((0, 1, 4)),
+    }
+    cache: dict[str, Any] = {key: sizes[key] for key in ("page_size", "num_pages", "max_sequence_length")}
+    if backend == "jax":
+        cache |= {"layers": 2, "kv_heads": 2, "head_dim": 8}
+    return Scenario.model_validate(
+        {
+            "name": f"fuzz-{seed}-{number}",
+            "seed": source.randrange(2**31),
+            "core": core,
+            "cache": cache,
+            "backend": {"kind": backend},
+            "workload": {"arrivals": {"kind": "script", "requests": requests}},
+            "cost": {"kind": "fixed", "step_ns": 1000},
+            "faults": _faults(source, weights, requests),
+            "invariants": {"full_every": source.choice((1, 4, 16))},
+            "expect": {"violations": 0, "rejected": {"min": 0}},
+        }
+    )
+
+
+def _host_sizes(source: random.Random, limits: Limits) -> dict[str, int]:
+    page_size = source.choice(PAGE_SIZES)
+    extreme = source.random() < 0.2
+    num_pages = source.choice((2, 3, limits.max_pages)) if extreme else source.randint(3, limits.max_pages)
+    room = (num_pages - 1) * page_size
+    longest = min(limits.max_length, room + source.choice((0, 0, 1, page_size)))
+    return {
+        "page_size": page_size,
+        "num_pages": num_pages,
+        "max_sequence_length": source.randint(max(1, longest // 2), max(1, longest)),
+        "batch_size": 1 if extreme else source.randint(1, limits.max_slots),
+        "prefill_chunk": source.choice(CHUNKS),
+    }
+
+
+def _device_sizes(source: random.Random) -> dict[str, int]:
+    return dict(source.choice(DEVICE_GEOMETRIES))
+
+
+def _weights(source: random.Random) -> dict[str, float]:
+    """How likely each kind of operation is; 0: it is off in this scenario."""
+    if source.random() < 0.5:
+        return dict.fromkeys(KINDS, 1.0)
+    return {kind: source.choice((0.0, 0.0, 0.5, 1.0, 4.0)) for kind in KINDS}
+
+
+def _requests(
+    source: random.Random, weights: dict[str, float], sizes: dict[str, int], limits: Limits
+) -> list[dict[str, Any]]:
+    longest = min(sizes["max_sequence_length"], (sizes["num_pages"] - 1) * sizes["page_size"])
+    requests: list[dict[str, Any]] = []
+    step = 0
+    gap = source.choice((0, 1, 3, 8))
+    for _ in range(source.randint(1, limits.max_requests)):
+        if source.random() * (weights["burst"] + weights["trickle"] + 0.1) < weights["trickle"]:
+            step += source.randint(0, gap)
+        prompt, output = _lengths(source, weights, longest, sizes["page_size"], sizes["prefill_chunk"])
+        request: dict[str, Any] = {"at_step": step, "prompt_tokens": prompt, "output_tokens": output}
+        if output > 1 and source.random() < 0.3 * weights["eos"]:
+            request["eos_after"] = source.randint(1, output)
+        requests.append(request)
+    return requests
+
+
+def _lengths(
+    source: random.Random, weights: dict[str, float], longest: int, page_size: int, chunk: int
+) -> tuple[int, int]:
+    if source.random() < 0.04 * weights["too_long"]:
+        return source.choice(((0, 1), (longest + 1, 1), (1, 0), (longest, longest)))
+    edge = source.choice((page_size, chunk, 2 * page_size)) + source.choice((-1, 0, 1))
+    short = source.randint(1, max(1, longest // 4))
+    long = source.randint(1, longest)
+    prompt = source.choices((short, long, edge), (1.0, weights["long_prompt"], 1.0))[0]
+    prompt = min(max(1, prompt), longest)
+    room = longest - prompt + 1
+    output = source.choices(
+        (source.randint(1, max(1, room // 3)), room, 1), (1.0, weights["long_output"], 0.3 * weights["one_token"])
+    )[0]
+    return prompt, output
+
+
+def _faults(
+    source: random.Random, weights: dict[str, float], requests: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    faults: list[dict[str, Any]] = []
+    horizon = requests[-1]["at_step"] + 6 * len(requests)
+    for number, request in enumerate(requests):
+        if source.random() < 0.12 * weights["cancel"]:
+            at = request["at_step"] + source.randint(0, horizon - request["at_step"] + 4)
+            faults.append({"kind": "cancel", "request": number, "at_step": at})
+    if weights["fail"] and source.random() < 0.5:
+        for _ in range(source.randint(0, 4)):
+            faults.append({"kind": "fail", "at_step": source.randint(0, horizon)})
+    return faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
@@ -10,8 +11,12 @@ from backends.protocol import Backend, BackendUnavailableError
 GROUP = "kvproof.backends"
 
 
+@functools.cache
 def backend_entry_points() -> dict[str, EntryPoint]:
-    """Every installed backend's entry point, by name, in alphabetical order; nothing is imported."""
+    """Every installed backend's entry point, by name, in alphabetical order; nothing is imported.
+
+    Looked up once in a process: it reads the metadata of every installed package.
+    """
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
 
 

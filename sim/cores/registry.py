@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,8 +21,9 @@ class UnknownCoreError(Exception):
     """No core has that name; the message lists those that there are."""
 
 
+@functools.cache
 def core_names() -> dict[str, str]:
-    """Name to "module:function" of every core."""
+    """Name to "module:function" of every core; looked up once in a process."""
     return {**BUILT_IN, **{entry.name: entry.value for entry in entry_points(group=GROUP)}}
 
 

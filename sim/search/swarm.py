@@ -39,7 +39,7 @@ class Limits:
     """Of a sequence, in tokens."""
 
 
-def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = Limits()) -> Scenario:  # noqa: B008
+def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = Limits()) -> Scenario:
     """Scenario `number` of the search with this seed; the same on every machine."""
     source = random.Random(f"{seed}:{number}")  # Python's own: thirty small draws cost a tenth of NumPy's
     sizes = _device_sizes(source) if backend == "jax" else _host_sizes(source, limits)
@@ -133,9 +133,7 @@ def _lengths(
     return prompt, output
 
 
-def _faults(
-    source: random.Random, weights: dict[str, float], requests: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _faults(source: random.Random, weights: dict[str, float], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     faults: list[dict[str, Any]] = []
     horizon = requests[-1]["at_step"] + 6 * len(requests)
     for number, request in enumerate(requests):

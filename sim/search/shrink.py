@@ -1,0 +1,248 @@
+"""Makes a failing scenario as small as it gets while the same statement breaks first.
+
+    operations (requests, cancels, failed steps) -> their arguments -> sizes and policy of the core -> operations ...
+
+until a whole round changes nothing: the result is 1-minimal, that is, no single operation can be left out and no single
+number made smaller. A candidate counts only where the first violation has the same id, so that a shrink never slips
+from one bug to another (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from sim.build import SetupError
+from sim.scenario import Scenario
+from sim.search.probe import CoreMaker, Finding, probe
+
+Data = dict[str, Any]
+Probe = Callable[[Scenario], Finding]
+
+SIMPLEST: Final[tuple[tuple[tuple[str, str], tuple[Any, ...]], ...]] = (
+    (("core", "lag"), (0, 1)),
+    (("core", "mix"), ("mixed",)),
+    (("core", "max_decode_wait"), (4,)),
+    (("core", "max_prefill_wait"), (4,)),
+    (("cache", "layers"), (1, 2)),
+    (("cache", "kv_heads"), (1, 2)),
+    (("cache", "dtype"), ("float32",)),
+    (("invariants", "full_every"), (256,)),
+)
+"""Keys with the values to try, the simplest first."""
+
+SIZES: Final = (
+    ("core", "batch_size"),
+    ("core", "prefill_chunk"),
+    ("cache", "page_size"),
+    ("cache", "num_pages"),
+    ("cache", "max_sequence_length"),
+    ("cache", "head_dim"),
+)
+"""Numbers to make smaller."""
+
+
+class NothingToShrinkError(Exception):
+    """The scenario breaks nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """The smallest scenario found."""
+
+    scenario: Scenario
+    finding: Finding
+    tried: int
+    """Scenarios run on the way."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are left."""
+        return len(_requests(self.scenario.model_dump(mode="python", by_alias=True)))
+
+    @property
+    def num_operations(self) -> int:
+        """Requests, cancels and failed steps that are left."""
+        return self.num_requests + len(self.scenario.faults)
+
+
+def shrink(
+    scenario: Scenario,
+    *,
+    core: CoreMaker | None = None,
+    budget: int = 5000,
+    progress: Callable[[int, int], None] = lambda tried, operations: None,
+) -> Shrunk:
+    """The smallest scenario in which the same statement breaks first; `scenario` is spelled out (`concrete`).
+
+    `budget` bounds the runs. NothingToShrinkError: it breaks nothing.
+    """
+    first = probe(scenario, core=core)
+    if not first.id:
+        raise NothingToShrinkError(f"{scenario.name}: every invariant holds, so there is nothing to shrink")
+    search = _Search(scenario, first, lambda candidate: probe(candidate, core=core), budget, progress)
+    while search.round() and search.left > 0:
+        pass
+    return Shrunk(search.best, search.finding, budget - search.left)
+
+
+class _Search:
+    """The best scenario so far, and the passes that make it smaller."""
+
+    def __init__(
+        self, scenario: Scenario, finding: Finding, run: Probe, budget: int, progress: Callable[[int, int], None]
+    ) -> None:
+        self.best, self.finding, self.left = scenario, finding, budget
+        self._run, self._budget, self._progress = run, budget, progress
+        self._data: Data = scenario.model_dump(mode="python", by_alias=True)
+        self._seen: set[str] = set()
+
+    def round(self) -> bool:
+        """All passes once; whether any of them made it smaller."""
+        changed = self._cut_tail()
+        changed |= self._drop_operations()
+        changed |= self._shrink_arguments()
+        changed |= self._simplify()
+        return changed
+
+    def _try(self, data: Data) -> bool:
+        """Take `data` where it is a scenario in which the same statement breaks first."""
+        key = repr(data)
+        if self.left <= 0 or key in self._seen:
+            return False
+        self._seen.add(key)
+        try:
+            candidate = Scenario.model_validate(data)
+            self.left -= 1
+            finding = self._run(candidate)
+        except (ValidationError, SetupError):
+            return False
+        if finding.id != self.finding.id:
+            return False
+        self.best, self.finding, self._data = candidate, finding, data
+        self._progress(self._budget - self.left, len(_operations(data)))
+        return True
+
+    # ---- operations
+
+    def _cut_tail(self) -> bool:
+        """What comes after the violation cannot matter."""
+        last = self.finding.step + 1
+        data = deepcopy(self._data)
+        late = [at for at, operation in enumerate(_operations(data)) if _step_of(data, operation) > last]
+        return bool(late) and self._try(_without(data, late))
+
+    def _drop_operations(self) -> bool:
+        """Leave out operations: halves first, then quarters, down to single ones."""
+        changed = False
+        size = max(1, len(_operations(self._data)) // 2)
+        while True:
+            at = 0
+            while at < (count := len(_operations(self._data))) and self.left > 0:
+                # From the end: an operation is more likely to matter to those after it.
+                gone = list(range(max(0, count - at - size), count - at))
+                if self._try(_without(deepcopy(self._data), gone)):
+                    changed = True
+                else:
+                    at += size
+            if size == 1 or self.left <= 0:
+                return changed
+            size //= 2
+
+    # ---- numbers
+
+    def _shrink_arguments(self) -> bool:
+        changed = False
+        for number in range(len(_requests(self._data))):
+            for name, least in (("at_step", 0), ("prompt_tokens", 1), ("output_tokens", 1), ("eos_after", 1)):
+                changed |= self._lower(("workload", "arrivals", "requests", number, name), least)
+            changed |= self._no_eos(number)
+        for number in range(len(self._data["faults"])):
+            changed |= self._lower(("faults", number, "at_step"), 0)
+        return changed
+
+    def _no_eos(self, number: int) -> bool:
+        """An end by max_tokens is simpler than one by EOS."""
+        request = _requests(self._data)[number]
+        if request.get("eos_after") is None:
+            return False
+        data = deepcopy(self._data)
+        _requests(data)[number] = {**request, "eos_after": None, "output_tokens": request["eos_after"]}
+        return self._try(data)
+
+    def _simplify(self) -> bool:
+        changed = False
+        for path, values in SIMPLEST:
+            section, key = path
+            for value in values:
+                if self._data[section][key] == value:
+                    break
+                data = deepcopy(self._data)
+                data[section][key] = value
+                if self._try(data):
+                    changed = True
+                    break
+        for path in SIZES:
+            changed |= self._lower(path, 1)
+        return changed
+
+    def _lower(self, path: tuple[str | int, ...], least: int) -> bool:
+        """Make one number smaller: the least first, then by halving the distance, then one by one."""
+        changed = False
+        value = _at(self._data, path)
+        if value is None:
+            return False
+        low = least
+        while low < value and self.left > 0:
+            data = deepcopy(self._data)
+            _set(data, path, low)
+            if self._try(data):
+                value, low, changed = low, least, True
+            else:
+                low = low + max(1, (value - low) // 2)
+        return changed
+
+
+def _requests(data: Data) -> list[Data]:
+    return data["workload"]["arrivals"]["requests"]
+
+
+def _operations(data: Data) -> list[tuple[str, int]]:
+    """Every operation as (list, index): requests in order, then faults."""
+    requests = [("request", at) for at in range(len(_requests(data)))]
+    return requests + [("fault", at) for at in range(len(data["faults"]))]
+
+
+def _step_of(data: Data, operation: tuple[str, int]) -> int:
+    kind, at = operation
+    return _requests(data)[at]["at_step"] if kind == "request" else data["faults"][at]["at_step"]
+
+
+def _without(data: Data, gone: list[int]) -> Data:
+    """The data without some operations; cancels follow their requests' new numbers, or go with them."""
+    names = _operations(data)
+    left_out = {names[at] for at in gone}
+    kept = [at for at in range(len(_requests(data))) if ("request", at) not in left_out]
+    renumbered = {old: new for new, old in enumerate(kept)}
+    data["workload"]["arrivals"]["requests"] = [_requests(data)[at] for at in kept]
+    faults: list[Data] = []
+    for at, fault in enumerate(data["faults"]):
+        if ("fault", at) in left_out or (fault["kind"] == "cancel" and fault["request"] not in renumbered):
+            continue
+        faults.append({**fault, "request": renumbered[fault["request"]]} if fault["kind"] == "cancel" else fault)
+    data["faults"] = faults
+    return data
+
+
+def _at(data: Any, path: tuple[str | int, ...]) -> Any:
+    for key in path:
+        data = data[key]
+    return data
+
+
+def _set(data: Any, path: tuple[str | int, ...], value: Any) -> None:
+    _at(data, path[:-1])[path[-1]] = value

@@ -15,6 +15,9 @@ LATENCIES: Final = (
     "e2e_request_latency_seconds",
 )
 
+FIRST: Final = "first violation"
+"""The name of the check of `expect.first`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -47,8 +50,19 @@ def _violations(expect: Expectations, violated: set[str], summary: Mapping[str, 
             found=", ".join(sorted(violated)) or "none",
             held=violated == set(expect.violated),
         )
-    if expect.violations is not None or not expect.violated:
+    if expect.first is not None:
+        wanted, seen = f"{expect.first.id} at step {expect.first.step}", _first(summary)
+        yield Check(FIRST, wanted, seen, seen == wanted)
+    if expect.violations is not None or not (expect.violated or expect.first):
         yield _count("violations", expect.violations or 0, found)
+
+
+def _first(summary: Mapping[str, Any]) -> str:
+    """The first violation of a run, as in expect.first."""
+    if summary["violations"]:
+        first = summary["violations"][0]
+        return f"{first['id']} at step {first['step']}"
+    return f"crash at step {summary['steps']}" if summary["crash"] else "none"
 
 
 def _counts(expect: Expectations, summary: Mapping[str, Any]) -> Iterator[Check]:

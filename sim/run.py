@@ -17,7 +17,7 @@ from sim.deep import DeepResult, judge_deep
 from sim.engine import Engine, PartError, Parts, Progress
 from sim.event_log import EventLog
 from sim.exit_codes import ExitCode
-from sim.expect import Check, check_expectations
+from sim.expect import FIRST, Check, check_expectations
 from sim.faults import FaultSchedule
 from sim.interrupt import Interrupt
 from sim.metrics import run_figures
@@ -270,7 +270,8 @@ def _report(
 
 def _verdict(checks: tuple[Check, ...], ending: _Ending) -> tuple[ExitCode, str]:
     missed = [check for check in checks if not check.held]
-    cut_short = _cut_short(ending)
+    expected_crash = ending.crash is not None and any(c.name == FIRST and c.held for c in checks)
+    cut_short = _cut_short(replace(ending, crash=None) if expected_crash else ending)
     if cut_short is not None:
         return cut_short
     if any(not check.objective for check in missed):

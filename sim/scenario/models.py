@@ -222,6 +222,15 @@ class LatencyBounds(Section):
     max: Seconds | None = Field(default=None, description="Bound on the largest, in s.")
 
 
+class FirstViolation(Section):
+    """The violation that a minimal scenario was shrunk to."""
+
+    id: str = Field(min_length=1, description="Its invariant, or crash where the core or backend raised.")
+    step: Annotated[int, Field(ge=-1), WHOLE] = Field(description="The newest step when it was found; -1: none yet.")
+    trace_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] = Field(description="The run's rolling hash.")
+    versions: dict[str, str] = Field(default_factory=dict, description="Packages that it was found with.")
+
+
 class Expectations(Section):
     """What the run must show to pass; latencies are objectives with an exit code of their own."""
 
@@ -230,6 +239,9 @@ class Expectations(Section):
     )
     violated: Annotated[tuple[InvariantId, ...], Field(strict=False)] = Field(
         default=(), description="Exactly these invariants must break."
+    )
+    first: FirstViolation | None = Field(
+        default=None, description="The run must break like this: the same invariant first, at the same step."
     )
     finished: ExpectedOrAll | None = Field(
         default=None, description="Finished requests; all: every one that was neither cancelled nor rejected."

@@ -31,7 +31,7 @@ class Finding:
 
     id: str
     step: int
-    """The newest step when it was found; of a run that held, the number of its plans."""
+    """The newest step when it was found; of a crash the completed steps, of a run that held all its plans."""
     trace_hash: str
     message: str
     plans: int
@@ -88,5 +88,5 @@ def probe_parts(
         first = auditor.violations[0]
         return Finding(first.id, first.step, digest, str(first), plans, first)
     if crash:
-        return Finding(CRASH, plans, digest, crash, plans)
+        return Finding(CRASH, recorder.steps, digest, crash, plans)
     return Finding("", plans, digest, "", plans)

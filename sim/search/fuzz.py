@@ -1,0 +1,203 @@
+"""The fuzzer: draws scenario after scenario, probes each, and shrinks what breaks.
+
+Scenario k of seed s is the same everywhere, so jobs and shards only share the numbers out: job j of J in shard I of N
+takes every (J * N)-th one. A bug is told by the id of its first violation; each id is shrunk once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+from sim.mutants import CANARY
+from sim.search.failure import write_failure_file
+from sim.search.probe import Finding, probe
+from sim.search.shrink import Shrunk, shrink
+from sim.search.swarm import draw
+
+CANARY_WITHIN: Final = 50
+"""Scenarios in which the canary must be found."""
+SLICE_SECONDS: Final = 2.0
+"""How long a job works before it tells how far it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class FuzzOptions:
+    """What to search, and for how long."""
+
+    seed: int = 0
+    seconds: float = 60.0
+    runs: int | None = None
+    """Scenarios in all; None: as many as `seconds` allow."""
+    jobs: int = 1
+    shard: tuple[int, int] = (1, 1)
+    """I of N, counted from 1."""
+    backend: str = "none"
+    plant: str | None = None
+    core: str = "paged_attention"
+    first: int = 0
+    """Scenarios of this shard that were searched before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one job did in one turn."""
+
+    done: int
+    """Scenarios searched."""
+    plans: int
+    cpu_seconds: float
+    found: tuple[tuple[int, Finding], ...]
+    sometimes: Counter[str]
+
+
+@dataclass(slots=True)
+class FuzzResult:
+    """What the search showed so far."""
+
+    options: FuzzOptions
+    canary_caught: bool = True
+    scenarios: int = 0
+    steps: int = 0
+    cpu_seconds: float = 0.0
+    shrunk: dict[str, tuple[int, Shrunk]] = field(default_factory=dict[str, tuple[int, Shrunk]])
+    """Invariant to the scenario's number and what it was shrunk to."""
+    sometimes: Counter[str] = field(default_factory=Counter[str])
+    files: dict[str, Path] = field(default_factory=dict[str, Path])
+
+    def to_json(self, spin_seconds: float) -> dict[str, Any]:
+        """The result as a dict of JSON values."""
+        rate = self.steps / self.cpu_seconds if self.cpu_seconds else 0.0
+        return {
+            "seed": self.options.seed,
+            "shard": "/".join(map(str, self.options.shard)),
+            "scenarios": self.scenarios,
+            "searched": self.options.first + self.scenarios,
+            "steps": self.steps,
+            "steps_per_cpu_second": round(rate, 1),
+            "steps_per_spin": round(rate * spin_seconds, 1),
+            "spin_seconds": round(spin_seconds, 4),
+            "canary": {"id": CANARY, "caught": self.canary_caught},
+            "violations": [
+                {
+                    "id": name,
+                    "file": str(self.files[name]) if name in self.files else None,
+                    "scenario": number,
+                    "requests": shrunk.num_requests,
+                    "operations": shrunk.num_operations,
+                    "step": shrunk.finding.step,
+                    "trace_hash": shrunk.finding.trace_hash,
+                    "message": shrunk.finding.message,
+                }
+                for name, (number, shrunk) in sorted(self.shrunk.items())
+            ],
+            "sometimes": dict(sorted(self.sometimes.items())),
+        }
+
+
+def canary_is_caught(seed: int) -> bool:
+    """Whether the search notices the canary within its first scenarios: if not, its silence means nothing."""
+    scenarios = (draw(seed, number) for number in range(CANARY_WITHIN))
+    return any(probe(scenario.model_copy(update={"plant": CANARY})).id for scenario in scenarios)
+
+
+def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]) -> FuzzResult:
+    """Search until time or scenarios run out; minimal scenarios go to `out` as they are found."""
+    result = FuzzResult(options, canary_caught=canary_is_caught(options.seed))
+    if not result.canary_caught:
+        return result
+    deadline = time.monotonic() + options.seconds
+    for one in _slices(options, deadline):
+        result.scenarios += one.done
+        result.steps += one.plans
+        result.cpu_seconds += one.cpu_seconds
+        result.sometimes += one.sometimes
+        for number, finding in one.found:
+            if finding.id not in result.shrunk:
+                shrunk = shrink(_scenario(options, number))
+                result.shrunk[finding.id] = number, shrunk
+                result.files[finding.id] = out / f"{finding.id}.yaml"
+                write_failure_file(result.files[finding.id], shrunk)
+        progress(result)
+    return result
+
+
+def _scenario(options: FuzzOptions, number: int) -> Any:
+    drawn = draw(options.seed, number, backend=options.backend)
+    core = drawn.core.model_copy(update={"kind": options.core})
+    return drawn.model_copy(update={"plant": options.plant, "core": core})
+
+
+def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
+    """Turns of all jobs, as they end."""
+    nth, of = options.shard
+    stride = of * options.jobs
+    cursors = [nth - 1 + job * of + _before(options, job) * stride for job in range(options.jobs)]
+    left = [_share(options, job) for job in range(options.jobs)]
+    if options.jobs == 1:
+        while time.monotonic() < deadline and left[0] != 0:
+            one = work(options, cursors[0], stride, left[0], min(SLICE_SECONDS, deadline - time.monotonic()))
+            cursors[0], left[0] = cursors[0] + one.done * stride, _less(left[0], one.done)
+            yield one
+        return
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+        running: dict[Future[Slice], int] = {}
+        idle = set(range(options.jobs))
+        while True:
+            for job in sorted(idle):
+                if time.monotonic() < deadline and left[job] != 0:
+                    running[pool.submit(work, options, cursors[job], stride, left[job], SLICE_SECONDS)] = job
+            idle.clear()
+            if not running:
+                return
+            for future in wait(running, return_when="FIRST_COMPLETED").done:
+                job, one = running.pop(future), future.result()
+                cursors[job], left[job] = cursors[job] + one.done * stride, _less(left[job], one.done)
+                idle.add(job)
+                yield one
+
+
+def _prepare() -> None:
+    # What the parent ignores, its children must: Ctrl-C is the parent's business.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("XLA_FLAGS", "")
+
+
+def _before(options: FuzzOptions, job: int) -> int:
+    """How many scenarios this job has searched before, where `first` were searched by jobs in turn."""
+    return (options.first + options.jobs - 1 - job) // options.jobs
+
+
+def _share(options: FuzzOptions, job: int) -> int | None:
+    if options.runs is None:
+        return None
+    return (options.runs + options.jobs - 1 - job) // options.jobs
+
+
+def _less(left: int | None, done: int) -> int | None:
+    return None if left is None else left - done
+
+
+def work(options: FuzzOptions, cursor: int, stride: int, limit: int | None, seconds: float) -> Slice:
+    """One job's turn: scenarios cursor, cursor + stride, ... until time or limit."""
+    end, start = time.monotonic() + seconds, time.process_time()
+    done = plans = 0
+    found: dict[str, tuple[int, Finding]] = {}
+    sometimes: Counter[str] = Counter()
+    while (limit is None or done < limit) and (done == 0 or time.monotonic() < end):
+        number = cursor + done * stride
+        finding = probe(_scenario(options, number))
+        done += 1
+        plans += finding.plans
+        if finding.id:
+            found.setdefault(finding.id, (number, finding))
+    return Slice(done, plans, time.process_time() - start, tuple(found.values()), sometimes)

@@ -38,7 +38,14 @@ def _run(arguments: list[str] | None) -> int:
 def _app() -> typer.Typer:
     import typer
 
-    from sim.cli import inspect_commands, record_commands, run_command, selftest_command, tool_commands
+    from sim.cli import (
+        inspect_commands,
+        record_commands,
+        run_command,
+        search_commands,
+        selftest_command,
+        tool_commands,
+    )
 
     app = typer.Typer(
         name="kvproof",
@@ -50,7 +57,8 @@ def _app() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for group in (run_command, record_commands, inspect_commands, selftest_command, tool_commands):
+    groups = (run_command, record_commands, search_commands, selftest_command, inspect_commands, tool_commands)
+    for group in groups:
         group.register(app)
     return app
 

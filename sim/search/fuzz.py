@@ -50,6 +50,7 @@ class FuzzOptions:
 class Slice:
     """What one job did in one turn."""
 
+    job: int
     done: int
     """Scenarios searched."""
     plans: int
@@ -64,13 +65,25 @@ class FuzzResult:
 
     options: FuzzOptions
     canary_caught: bool = True
-    scenarios: int = 0
+    done: Counter[int] = field(default_factory=Counter[int])
+    """Scenarios searched by each job."""
     steps: int = 0
     cpu_seconds: float = 0.0
     shrunk: dict[str, tuple[int, Shrunk]] = field(default_factory=dict[str, tuple[int, Shrunk]])
     """Invariant to the scenario's number and what it was shrunk to."""
     sometimes: Counter[str] = field(default_factory=Counter[str])
     files: dict[str, Path] = field(default_factory=dict[str, Path])
+
+    @property
+    def scenarios(self) -> int:
+        """Scenarios searched."""
+        return self.done.total()
+
+    @property
+    def searched(self) -> int:
+        """How many scenarios of the shard, counted from its first, have been searched without a gap."""
+        jobs = self.options.jobs
+        return min((_before(self.options, job) + self.done[job]) * jobs + job for job in range(jobs))
 
     def to_json(self, spin_seconds: float) -> dict[str, Any]:
         """The result as a dict of JSON values."""
@@ -79,7 +92,7 @@ class FuzzResult:
             "seed": self.options.seed,
             "shard": "/".join(map(str, self.options.shard)),
             "scenarios": self.scenarios,
-            "searched": self.options.first + self.scenarios,
+            "searched": self.searched,
             "steps": self.steps,
             "steps_per_cpu_second": round(rate, 1),
             "steps_per_spin": round(rate * spin_seconds, 1),
@@ -115,7 +128,7 @@ def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]
         return result
     deadline = time.monotonic() + options.seconds
     for one in _slices(options, deadline):
-        result.scenarios += one.done
+        result.done[one.job] += one.done
         result.steps += one.plans
         result.cpu_seconds += one.cpu_seconds
         result.sometimes += one.sometimes
@@ -143,7 +156,7 @@ def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
     left = [_share(options, job) for job in range(options.jobs)]
     if options.jobs == 1:
         while time.monotonic() < deadline and left[0] != 0:
-            one = work(options, cursors[0], stride, left[0], min(SLICE_SECONDS, deadline - time.monotonic()))
+            one = work(options, 0, cursors[0], stride, left[0], min(SLICE_SECONDS, deadline - time.monotonic()))
             cursors[0], left[0] = cursors[0] + one.done * stride, _less(left[0], one.done)
             yield one
         return
@@ -153,7 +166,7 @@ def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
         while True:
             for job in sorted(idle):
                 if time.monotonic() < deadline and left[job] != 0:
-                    running[pool.submit(work, options, cursors[job], stride, left[job], SLICE_SECONDS)] = job
+                    running[pool.submit(work, options, job, cursors[job], stride, left[job], SLICE_SECONDS)] = job
             idle.clear()
             if not running:
                 return
@@ -187,7 +200,7 @@ def _less(left: int | None, done: int) -> int | None:
     return None if left is None else left - done
 
 
-def work(options: FuzzOptions, cursor: int, stride: int, limit: int | None, seconds: float) -> Slice:
+def work(options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | None, seconds: float) -> Slice:
     """One job's turn: scenarios cursor, cursor + stride, ... until time or limit."""
     end, start = time.monotonic() + seconds, time.process_time()
     done = plans = 0
@@ -200,4 +213,4 @@ def work(options: FuzzOptions, cursor: int, stride: int, limit: int | None, seco
         plans += finding.plans
         if finding.id:
             found.setdefault(finding.id, (number, finding))
-    return Slice(done, plans, time.process_time() - start, tuple(found.values()), sometimes)
+    return Slice(job, done, plans, time.process_time() - start, tuple(found.values()), sometimes)

@@ -23,6 +23,9 @@ from sim.search.probe import CoreMaker, Finding, probe
 Data = dict[str, Any]
 Probe = Callable[[Scenario], Finding]
 
+DEVICE_KEYS: Final = frozenset({"layers", "kv_heads", "head_dim", "dtype"})
+"""Keys of the cache that mean nothing without a device."""
+
 SIMPLEST: Final[tuple[tuple[tuple[str, str], tuple[Any, ...]], ...]] = (
     (("core", "lag"), (0, 1)),
     (("core", "mix"), ("mixed",)),
@@ -58,6 +61,8 @@ class Shrunk:
     finding: Finding
     tried: int
     """Scenarios run on the way."""
+    kept: tuple[int, ...]
+    """Which requests of the scenario that came in are left."""
 
     @property
     def num_requests(self) -> int:
@@ -74,20 +79,26 @@ def shrink(
     scenario: Scenario,
     *,
     core: CoreMaker | None = None,
+    wanted: str | None = None,
     budget: int = 5000,
     progress: Callable[[int, int], None] = lambda tried, operations: None,
 ) -> Shrunk:
     """The smallest scenario in which the same statement breaks first; `scenario` is spelled out (`concrete`).
 
-    `budget` bounds the runs. NothingToShrinkError: it breaks nothing.
+    `wanted` is the id that must break first (None: whichever does), `budget` bounds the runs. NothingToShrinkError: the
+    scenario breaks nothing, or something else.
     """
     first = probe(scenario, core=core)
     if not first.id:
         raise NothingToShrinkError(f"{scenario.name}: every invariant holds, so there is nothing to shrink")
+    if wanted is not None and first.id != wanted:
+        raise NothingToShrinkError(
+            f"{scenario.name}: {wanted} broke first, but with its requests placed by step it is {first.id}"
+        )
     search = _Search(scenario, first, lambda candidate: probe(candidate, core=core), budget, progress)
     while search.round() and search.left > 0:
         pass
-    return Shrunk(search.best, search.finding, budget - search.left)
+    return Shrunk(search.best, search.finding, budget - search.left, tuple(search.kept))
 
 
 class _Search:
@@ -96,10 +107,13 @@ class _Search:
     def __init__(
         self, scenario: Scenario, finding: Finding, run: Probe, budget: int, progress: Callable[[int, int], None]
     ) -> None:
-        self.best, self.finding, self.left = scenario, finding, budget
+        self.best = scenario
+        self.finding: Finding = finding
+        self.left = budget
         self._run, self._budget, self._progress = run, budget, progress
         self._data: Data = scenario.model_dump(mode="python", by_alias=True)
         self._seen: set[str] = set()
+        self.kept = list(range(len(_requests(self._data))))
 
     def round(self) -> bool:
         """All passes once; whether any of them made it smaller."""
@@ -132,9 +146,9 @@ class _Search:
     def _cut_tail(self) -> bool:
         """What comes after the violation cannot matter."""
         last = self.finding.step + 1
-        data = deepcopy(self._data)
+        data = self._data
         late = [at for at, operation in enumerate(_operations(data)) if _step_of(data, operation) > last]
-        return bool(late) and self._try(_without(data, late))
+        return bool(late) and self._try_without(late)
 
     def _drop_operations(self) -> bool:
         """Leave out operations: halves first, then quarters, down to single ones."""
@@ -145,13 +159,22 @@ class _Search:
             while at < (count := len(_operations(self._data))) and self.left > 0:
                 # From the end: an operation is more likely to matter to those after it.
                 gone = list(range(max(0, count - at - size), count - at))
-                if self._try(_without(deepcopy(self._data), gone)):
+                if self._try_without(gone):
                     changed = True
                 else:
                     at += size
             if size == 1 or self.left <= 0:
                 return changed
             size //= 2
+
+    def _try_without(self, gone: list[int]) -> bool:
+        """`_try` without some operations; cancels follow their requests' new numbers, or go with them."""
+        data = deepcopy(self._data)
+        kept = _leave_out(data, gone)
+        if not kept or not self._try(data):
+            return False
+        self.kept = [self.kept[at] for at in kept]
+        return True
 
     # ---- numbers
 
@@ -176,8 +199,11 @@ class _Search:
 
     def _simplify(self) -> bool:
         changed = False
+        host_only = self._data["backend"]["kind"] == "none"
         for path, values in SIMPLEST:
             section, key = path
+            if host_only and key in DEVICE_KEYS:
+                continue
             for value in values:
                 if self._data[section][key] == value:
                     break
@@ -187,7 +213,8 @@ class _Search:
                     changed = True
                     break
         for path in SIZES:
-            changed |= self._lower(path, 1)
+            if not (host_only and path[1] in DEVICE_KEYS):
+                changed |= self._lower(path, 1)
         return changed
 
     def _lower(self, path: tuple[str | int, ...], least: int) -> bool:
@@ -222,8 +249,8 @@ def _step_of(data: Data, operation: tuple[str, int]) -> int:
     return _requests(data)[at]["at_step"] if kind == "request" else data["faults"][at]["at_step"]
 
 
-def _without(data: Data, gone: list[int]) -> Data:
-    """The data without some operations; cancels follow their requests' new numbers, or go with them."""
+def _leave_out(data: Data, gone: list[int]) -> list[int]:
+    """Take operations out of the data, in place; which requests are left."""
     names = _operations(data)
     left_out = {names[at] for at in gone}
     kept = [at for at in range(len(_requests(data))) if ("request", at) not in left_out]
@@ -235,7 +262,7 @@ def _without(data: Data, gone: list[int]) -> Data:
             continue
         faults.append({**fault, "request": renumbered[fault["request"]]} if fault["kind"] == "cancel" else fault)
     data["faults"] = faults
-    return data
+    return kept
 
 
 def _at(data: Any, path: tuple[str | int, ...]) -> Any:

@@ -1,0 +1,197 @@
+"""The search: what is drawn is legal and repeatable, what breaks is found, and what is found is shrunk and replayed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sim.cli import main
+from sim.scenario import Scenario, load_scenario
+from sim.search.concrete import concrete
+from sim.search.failure import as_regression, failure_text
+from sim.search.fuzz import FuzzOptions, fuzz, work
+from sim.search.probe import probe
+from sim.search.shrink import NothingToShrinkError, Shrunk, shrink
+from sim.search.swarm import draw
+from tests.sim.run_parts import planned_only
+
+
+def planted(scenario: Scenario, mutant: str | None) -> Scenario:
+    return scenario.model_copy(update={"plant": mutant})
+
+
+def first_broken(mutant: str, seed: int = 3) -> Scenario:
+    candidates = (planted(draw(seed, number), mutant) for number in range(300))
+    return next(scenario for scenario in candidates if probe(scenario).id)
+
+
+def test_a_scenario_of_the_search_is_the_same_wherever_it_is_drawn() -> None:
+    program = (
+        "from sim.search.swarm import draw; from sim.scenario import scenario_hash; print(scenario_hash(draw(4, 9)))"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(hashes) == 1
+    assert draw(4, 9) != draw(4, 10)
+
+
+def test_nothing_breaks_in_the_first_scenarios_of_the_unmodified_core() -> None:
+    findings = [probe(draw(1, number)) for number in range(25)]
+    assert [finding.message for finding in findings if finding.id] == []
+    assert sum(finding.plans for finding in findings) > 500
+
+
+def test_extremes_are_drawn() -> None:
+    drawn = [draw(0, number) for number in range(400)]
+    assert {s.core.lag for s in drawn} == {0, 1, 2}
+    assert {s.core.mix for s in drawn} == {"mixed", "prefill_first", "decode_first"}
+    assert min(s.cache.num_pages for s in drawn) == 2
+    assert min(s.cache.page_size for s in drawn) == 1
+    assert min(s.core.batch_size for s in drawn) == 1
+    assert min(s.core.prefill_chunk for s in drawn) == 1
+    assert {fault.kind for s in drawn for fault in s.faults} == {"cancel", "fail"}
+
+
+def test_a_scenario_spelled_out_breaks_the_same_statement() -> None:
+    scenario = planned_only(workload__num_requests=12, plant="MP04", invariants={"full_every": 1})
+    spelled_out, finding = concrete(scenario)
+    assert finding.id == "P2"
+    assert spelled_out.workload.arrivals.kind == "script"
+    assert probe(spelled_out).id == "P2"
+
+
+@pytest.mark.parametrize("mutant", ["MT10", "MS24"])
+def test_what_breaks_is_shrunk_to_a_few_operations_and_breaks_the_same_statement_first(mutant: str) -> None:
+    scenario = first_broken(mutant)
+    before = probe(scenario)
+    shrunk = shrink(scenario)
+    again = probe(shrunk.scenario)
+    assert (again.id, again.step, again.trace_hash) == (before.id, shrunk.finding.step, shrunk.finding.trace_hash)
+    assert shrunk.num_requests <= 4
+    assert shrunk.num_operations <= 12
+
+
+def smaller_by_one(scenario: Scenario) -> list[dict[str, Any]]:
+    """The scenario without each single request or fault."""
+    data = scenario.model_dump(by_alias=True)
+    requests = data["workload"]["arrivals"]["requests"]
+    found: list[dict[str, Any]] = []
+    if not any(fault["kind"] == "cancel" for fault in data["faults"]) and len(requests) > 1:
+        for gone in range(len(requests)):
+            arrivals = {"kind": "script", "requests": [r for at, r in enumerate(requests) if at != gone]}
+            found.append({**data, "workload": {**data["workload"], "arrivals": arrivals}})
+    for gone in range(len(data["faults"])):
+        found.append({**data, "faults": [f for at, f in enumerate(data["faults"]) if at != gone]})
+    return found
+
+
+@pytest.mark.parametrize("mutant", ["MS06", "MS31"])
+def test_no_operation_of_a_shrunk_scenario_can_be_left_out(mutant: str) -> None:
+    shrunk = shrink(first_broken(mutant))
+    smaller = [Scenario.model_validate(data) for data in smaller_by_one(shrunk.scenario)]
+    assert smaller
+    assert all(probe(candidate).id != shrunk.finding.id for candidate in smaller)
+
+
+def test_a_scenario_that_holds_cannot_be_shrunk() -> None:
+    with pytest.raises(NothingToShrinkError, match="nothing to shrink"):
+        shrink(draw(1, 1))
+
+
+@pytest.fixture(scope="module")
+def shrunk() -> Shrunk:
+    return shrink(first_broken("MT10"))
+
+
+def test_a_failure_file_loads_as_the_scenario_that_was_shrunk(shrunk: Shrunk, tmp_path: Path) -> None:
+    path = tmp_path / "failure.yaml"
+    path.write_text(failure_text(shrunk))
+    assert load_scenario(path) == as_regression(shrunk)
+
+
+def test_a_failure_file_is_replayed_bit_for_bit_in_two_other_processes(shrunk: Shrunk, tmp_path: Path) -> None:
+    path = tmp_path / "failure.yaml"
+    path.write_text(failure_text(shrunk))
+    for seed in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "sim.cli", "replay", str(path), "--json"],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = json.loads(done.stdout)
+        assert (done.returncode, found["same"], found["trace_hash"]) == (0, True, shrunk.finding.trace_hash)
+
+
+def test_a_failure_file_passes_as_long_as_it_breaks_like_that_and_fails_once_it_is_fixed(
+    shrunk: Shrunk, tmp_path: Path
+) -> None:
+    path = tmp_path / "failure.yaml"
+    path.write_text(failure_text(shrunk))
+    for plant, status in (("MT10", 0), ("MP04", 1)):
+        out = str(tmp_path / plant)
+        with pytest.raises(SystemExit) as end:
+            main(["run", str(path), "--set", f"plant={plant}", "--no-plots", "-q", "--out", out])
+        assert end.value.code == status
+
+
+def test_shrinking_a_file_keeps_the_comments_of_what_is_left(tmp_path: Path) -> None:
+    path, out = tmp_path / "mine.yaml", tmp_path / "small.yaml"
+    path.write_text(
+        "# mine\nschema: kvproof/v1\nname: mine\ncore: {batch_size: 4, prefill_chunk: 5}\n"
+        "cache:\n  page_size: 3 # small pages\n  num_pages: 14\n  max_sequence_length: 36\n"
+        "backend: {kind: none}\nworkload:\n  arrivals:\n    kind: script\n    requests:\n"
+        "      - {prompt_tokens: 3, output_tokens: 2} # the first\n"
+        "      - {prompt_tokens: 9, output_tokens: 4} # the second\n"
+        "cost: {kind: fixed, step_ns: 1e3}\nplant: MP04\n"
+    )
+    with pytest.raises(SystemExit) as end:
+        main(["shrink", str(path), "--out", str(out), "-q"])
+    text = out.read_text()
+    assert end.value.code == 0
+    assert "# mine" in text
+    assert "# small pages" in text
+    assert text.count("# the ") == 1
+    assert load_scenario(out).expect.first is not None
+
+
+def test_jobs_and_shards_share_the_same_scenarios() -> None:
+    options = FuzzOptions(seed=2, runs=6)
+    whole = work(options, 0, 0, 1, 6, 1e9)
+    parts = [work(options, job, job, 2, 3, 1e9) for job in (0, 1)]
+    assert whole.plans == sum(part.plans for part in parts)
+
+
+def test_the_fuzzer_writes_a_minimal_file_for_each_statement_that_breaks(tmp_path: Path) -> None:
+    result = fuzz(FuzzOptions(seed=1, runs=3, plant="MP04", seconds=1e9), tmp_path, lambda result: None)
+    found = result.to_json(0.4)
+    assert result.canary_caught
+    assert [violation["id"] for violation in found["violations"]] == sorted(result.shrunk)
+    assert all(Path(violation["file"]).is_file() for violation in found["violations"])
+    assert found["violations"]
+
+
+def test_a_search_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found: list[dict[str, Any]] = []
+    for flags in (["--runs", "3", "--seed", "7", "--out", str(tmp_path)], ["--runs", "2", "--resume", str(tmp_path)]):
+        with pytest.raises(SystemExit) as end:
+            main(["fuzz", "--json", "-q", *flags])
+        assert end.value.code == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [result["searched"] for result in found] == [3, 5]
+    assert found[1]["seed"] == 7

@@ -14,6 +14,7 @@ from sim.deep.play import Checkpoint, play
 from sim.deep.tape import Tape
 from sim.deep.world import World
 from sim.streams import stream
+from sim.trace_hash import DIGEST_BYTES
 
 MAX_BASE_PLANS: Final = 200_000
 MAX_FINDINGS: Final = 4
@@ -134,13 +135,13 @@ class Bench:
             found=twin.tape.tokens[request][at],
         )
 
-    def same_steps(self, name: str, twin: Twin) -> int:
-        """Compare the rolling hashes of two runs, step by step; the number of steps compared."""
-        size = 8
-        mine, theirs = self.base.digests, twin.tape.digests
+    def same_steps(self, name: str, twin: Twin, first: Tape | None = None) -> int:
+        """Compare the rolling hashes of a run and of `first` (None: the base run); the number of steps compared."""
+        first, size = first or self.base, DIGEST_BYTES
+        mine, theirs = first.digests, twin.tape.digests
         steps = range(0, min(len(mine), len(theirs)), size)
         parted = next((at // size for at in steps if mine[at : at + size] != theirs[at : at + size]), None)
-        if parted is None and (len(mine), self.base.trace_hash) != (len(theirs), twin.tape.trace_hash):
+        if parted is None and (len(mine), first.trace_hash) != (len(theirs), twin.tape.trace_hash):
             parted = len(steps)
         if parted is not None:
             at = slice(parted * size, (parted + 1) * size)

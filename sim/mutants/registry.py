@@ -7,11 +7,24 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Final
 
-from sim.mutants import benign, model_io, own, own_device, pages, schedule, seed, tables, verifier, wrapped, writes
+from sim.mutants import (
+    benign,
+    model_io,
+    own,
+    own_device,
+    pages,
+    paired,
+    schedule,
+    seed,
+    tables,
+    verifier,
+    wrapped,
+    writes,
+)
 from sim.mutants.edit import applied
 from sim.mutants.mutant import Mutant
 
-FAMILIES: Final = (wrapped, pages, tables, writes, schedule, model_io, verifier, seed, own, own_device, benign)
+FAMILIES: Final = (wrapped, pages, tables, writes, schedule, model_io, verifier, seed, own, own_device, paired, benign)
 
 MUTANTS: Final[dict[str, Mutant]] = {mutant.id: mutant for family in FAMILIES for mutant in family.MUTANTS}
 """Planted bugs and benign variants, family by family."""

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from invariants.catalogue import select
-from invariants.contents import ContentJudge
 from invariants.device import Device
+from invariants.device_turns import DeviceJudge
 from invariants.findings import Findings
 from invariants.ledger import Ledger
 from invariants.lifecycle import LifeJudge
 from invariants.liveness import LivenessJudge
-from invariants.metrics import MetricJudge, Said, Totals
+from invariants.metrics import GAUGES, MetricJudge, Said, Totals
 from invariants.outputs import OutputJudge
 from invariants.pages import PageJudge
-from invariants.records import Flight
 from invariants.rows import ROW_FAMILY, RowJudge
 from invariants.schedule import ScheduleJudge
 from invariants.snapshots import SnapshotJudge
@@ -33,14 +30,12 @@ from paged_attention.plan import (
     StepPlan,
 )
 
-__all__ = ["AuditConfig", "Auditor", "Device", "Totals"]
+__all__ = ["GAUGES", "AuditConfig", "Auditor", "Device", "Totals"]
 
 Snapshot = Callable[[], CoreSnapshot] | None
 
-DEVICE_ROWS_EVERY = 16
-"""A few rows of the device batch are compared each n-th dispatched step; all of them on full steps."""
-
-DEVICE_ROWS = 4
+SEEDS_EVERY = 16
+"""The seeds of a step's neutral rows are compared each n-th step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +76,11 @@ class Auditor:
         self._rows = RowJudge(ledger, findings, self._tables, self._pages)
         self._schedule = ScheduleJudge(ledger, findings, self._life)
         self._snapshots = SnapshotJudge(ledger, findings, self._tables)
-        self._contents = ContentJudge(ledger, findings)
+        self._device = DeviceJudge(
+            ledger, findings, self._tables, self._life, full_every=config.full_every, every=config.device_every
+        )
         self._rows_on = findings.any_on((*ROW_FAMILY, "R1", "R2"))
-        self._device_rows_on = findings.any_on(("T1", "T2", "T6"))
         self._planned = 0
-        self._dispatched = 0
         self._blocked = -1
         self._whole = False
         """The run came to its own end."""
@@ -97,7 +92,7 @@ class Auditor:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """For each invariant that is on: how often it was checked, non-trivially checked, and violated."""
-        for judge in (self._rows, self._outputs, self._pages, self._liveness):
+        for judge in (self._rows, self._outputs, self._pages, self._liveness, self._metrics):
             judge.settle_counts()
         return self._findings.counters()
 
@@ -184,25 +179,10 @@ class Auditor:
         if rows is not None:
             for row, live, _, _, _ in flight.prefills:
                 self._ledger.learn_eos(live, rows.eos_position.item(row))
-        if device is not None and (self._contents.on or self._device_rows_on) and self._contents.open(device):
-            self._judge_device(flight, device)
-
-    def _judge_device(self, flight: Flight, device: Device) -> None:
-        turn, config = self._dispatched, self.config
-        self._dispatched += 1
-        full = turn % config.full_every == 0
-        if self._contents.on:
-            self._contents.dispatched(flight, device, check=turn % config.device_every == 0)
-            if full:
-                self._contents.whole_pool(device)
-        if self._device_rows_on and (full or turn % DEVICE_ROWS_EVERY == 0):
-            batch = len(self._ledger.occupant)
-            some = min(DEVICE_ROWS, batch)
-            first = turn // DEVICE_ROWS_EVERY * some
-            slots = range(batch) if full else sorted({(first + i) % batch for i in range(some)})
-            evidence = device.evidence(np.array(slots, np.int32), np.zeros(1, np.int32))
-            if evidence is not None:
-                self._tables.judge_evidence(evidence, frozenset(flight.slots.tolist()))
+            if plan.step % SEEDS_EVERY == 0 or self.config.full_every == 1:
+                self._device.inputs.judge_seeds(flight, rows)
+        if device is not None:
+            self._device.dispatched(flight, device)
 
     def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
         """The outcome of a step reached the host; the core has not seen it yet."""
@@ -210,6 +190,7 @@ class Auditor:
         flight = self._ledger.flights.get(plan.step)
         if flight is not None:
             self._outputs.executed(flight, outcome)
+            self._metrics.completed(flight)
 
     def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...], snapshot: Snapshot) -> None:
         """The core took in the outcome of a step."""
@@ -246,14 +227,15 @@ class Auditor:
 
     # ---- what the recorder says
 
-    def measured(self, now_ns: int, step: int, pages_owned: int, running: int, waiting: int) -> None:
-        """What the recorder wrote down at this very moment (M3).
-
-        `pages_owned` leaves out fenced pages; `running` counts admitted requests that have not ended (prefill, joining,
-        running, draining); `waiting` counts those in the waiting queue.
-        """
+    def measured(self, now_ns: int, step: int, gauges: tuple[int, ...]) -> None:
+        """What the recorder wrote down of the step just planned: `metrics.GAUGES`, in their order (M3, M6, M7)."""
         self._findings.step, self._findings.time_ns = step, now_ns
-        self._metrics.measured(pages_owned, running, waiting)
+        flight = self._ledger.flights.get(step)
+        if flight is None:
+            return
+        self._metrics.measured(gauges, flight, len(self._life.preempted))
+        if (self._planned - 1) % self.config.full_every == 0:
+            self._metrics.judge_waste()
 
     def request_done(
         self,
@@ -283,7 +265,7 @@ class Auditor:
         device: Device | None,
         totals: Totals,
     ) -> None:
-        """The run is over: everything must be back where it was (P12, L6, M1, M2, M5, K2 over the whole pool)."""
+        """The run is over: everything must be back where it was (P12, L6, M1, M2, M5, M8, K2 over the whole pool)."""
         self._findings.time_ns = now_ns
         self._liveness.finished(pending)
         if snapshot is not None:
@@ -291,8 +273,8 @@ class Auditor:
             self._snapshots.judge(last, after_failure=False)
             if not self._ledger.live:
                 self._snapshots.judge_empty(last)
-        if device is not None and self._contents.on and self._contents.open(device):
-            self._contents.whole_pool(device)
+        if device is not None:
+            self._device.finished(device)
         self._metrics.judge_totals(totals)
         self._whole = True
 

@@ -188,8 +188,7 @@ _ENTRIES = (
         "The device rows that a step uses are at least as new as the last host change of them.",
         "A page appended too late on the device is not written.",
         "step",
-        "each step",
-        "row versions on the device",
+        "device rows by sample, where a row was changed",
     ),
     Entry(
         "T6",
@@ -256,8 +255,7 @@ _ENTRIES = (
         "K and V, heads, dtype and scales survive the round trip through the cache.",
         "Exchanged streams attend to values.",
         "rows",
-        "inside K1",
-        "quantised scales in evidence",
+        "wherever K1 or K2 finds a wrong place",
     ),
     Entry(
         "K8",
@@ -265,8 +263,7 @@ _ENTRIES = (
         "Number and size of live cache buffers stay constant, and a donated buffer is not used again.",
         "A dropped donation copies the pool each step.",
         "step",
-        "each step",
-        "buffer counts from the backend",
+        "by sample",
     ),
     Entry(
         "K9",
@@ -282,8 +279,7 @@ _ENTRIES = (
         "The shards of the cache together hold each position once.",
         "A wrong sharding spec replicates or drops heads.",
         "full",
-        "rarely",
-        "shards in evidence",
+        "full steps",
     ),
     Entry(
         "S1",
@@ -347,8 +343,7 @@ _ENTRIES = (
         "Query starts are monotone, end at the total, and the logits row of a request is its last one.",
         "A wrong row answers with a stranger's token.",
         "rows",
-        "each step",
-        "packed query starts in the plan",
+        "each plan and row; spans and sampled rows on the device by sample",
     ),
     Entry(
         "S9",
@@ -540,8 +535,7 @@ _ENTRIES = (
         "A row uses its own request's sampling parameters, and randomness depends on seed and position only.",
         "Parameters shifted by one row are somebody else's temperature.",
         "rows",
-        "each row",
-        "sampling parameters in the outcome",
+        "neutral rows and the device's rows by sample",
     ),
     Entry(
         "X1",
@@ -729,8 +723,7 @@ _ENTRIES = (
         "A sequence wastes less than a page, and the sum of waste is allocated minus used.",
         "Fragmentation is quoted from this sum.",
         "rows",
-        "each measurement",
-        "fragmentation in the record's gauges",
+        "each measurement; each sequence on full steps",
     ),
     Entry(
         "M7",
@@ -738,8 +731,7 @@ _ENTRIES = (
         "Padding counts nowhere.",
         "Padded tokens make throughput look better than it is.",
         "step",
-        "each step",
-        "padded sizes in the record",
+        "each measurement",
     ),
     Entry(
         "M8",
@@ -747,8 +739,7 @@ _ENTRIES = (
         "Plotted series equal those recomputed from the event log.",
         "A plot that drifts from its data misleads.",
         "once",
-        "reports",
-        "recomputation from the plan log",
+        "end of the run",
     ),
 )
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int32, UInt32
 from numpy import ndarray
 from numpy.typing import NDArray
 
+from invariants.codec import codec_fault
 from invariants.device import Device
 from invariants.findings import Findings
 from invariants.ledger import Ledger
@@ -33,7 +34,7 @@ SMALL_PLACES = 1024
 WHOLE_PAGES_EVERY = 8
 """Beyond that, whole touched pages are compared each n-th step."""
 
-FAMILY = ("K1", "K2", "K3", "K9")
+FAMILY = ("K1", "K2", "K3", "K7", "K9")
 
 
 PLACE = np.dtype([("id", np.uint32), ("request", np.int32), ("admission", np.int32), ("position", np.int32)])
@@ -163,6 +164,7 @@ class ContentJudge:
     def _count(self, places: int, held: int, framed: int) -> None:
         counts = self.findings.counts
         counts["K1"].add(places, held)
+        counts["K7"].add(places, held)
         counts["K2"].add(framed, framed)
         if self.decoder is not None and self.decoder.layers > 1:
             counts["K9"].add(places, held)
@@ -191,11 +193,18 @@ class ContentJudge:
             if at in seen:
                 continue
             seen.add(at)
+            self._round_trip(place, self.decoder)
             if written is not None and at in before:
                 self._planned_place(place, self.decoder, written.before[before[at]])
             else:
                 self._other_place(place, self.decoder)
             self._layers_agree(place, self.decoder, device)
+
+    def _round_trip(self, place: WrongPlace, decoder: Decoder) -> None:
+        said = self.shadow[place.page, place.offset]
+        fault = codec_fault(place, int(said["id"]), decoder)
+        if fault:
+            self._breach("K7", f"{_where(place)} must hold {_name(said)}, but holds {fault}", place, _name(said), fault)
 
     def _planned_place(self, place: WrongPlace, decoder: Decoder, before: np.void) -> None:
         at = place.page, place.offset

@@ -40,6 +40,8 @@ class Ledger:
         """Sum of c(r) over all admissions that gave back what they held."""
         self.occupant: list[Live | None] = [None] * slots
         self.num_free_slots = slots
+        self.before: list[list[int]] = [[] for _ in range(slots)]
+        """The pages of whoever was in each slot last."""
         width = -(-(policy.max_sequence_length + policy.lookahead) // self.page_size)
         self.active = np.zeros(slots, np.int32)
         self.request = np.full(slots, -1, np.int32)
@@ -222,6 +224,7 @@ class Ledger:
             return
         admission.position = int(self.position[slot])
         admission.slot = -1
+        self.before[slot] = admission.pages
         live = self.occupant[slot]
         if live is not None and live.admission is admission:
             if live.tokens is not None and self.vocab_size is None:

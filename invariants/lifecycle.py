@@ -73,6 +73,8 @@ class LifeJudge:
         self.preempted: list[Live] = []
         self.granted: list[tuple[Live, Admission]] = []
         """Given pages in the plan at hand, outside a slot."""
+        self.changed: set[int] = set()
+        """Slots whose row was changed since the last step that was dispatched."""
 
     # ---- calls
 
@@ -257,6 +259,8 @@ class LifeJudge:
             return
         if admission.slot < 0:
             self.granted.append((live, admission))
+        else:
+            self.changed.add(admission.slot)
         self.pages.allocated(effect, admission)
 
     def _freed(self, effect: Effect) -> None:
@@ -268,6 +272,8 @@ class LifeJudge:
             admission = None
         if admission is not None and not admission.released:
             self._slot_told(effect, admission, "T3")
+            if admission.slot >= 0:
+                self.changed.add(admission.slot)
             self.ledger.leave_slot(admission)
             self.ledger.released_tokens += admission.position
         self.pages.freed(effect, admission)
@@ -322,6 +328,7 @@ class LifeJudge:
         if other is not None and other.admission is not None:
             self.ledger.leave_slot(other.admission)
         self.ledger.join(live, admission, slot)
+        self.changed.add(slot)
         self.joined.append(live)
 
     def _preempted(self, effect: Effect, live: Live, admission: Admission) -> None:

@@ -5,10 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from invariants.findings import Findings
 from invariants.ledger import Ledger
-from invariants.records import Live
+from invariants.records import Flight, Live
+from invariants.series import SeriesLog
+
+GAUGES: Final = (
+    "prefill_tokens",
+    "decode_tokens",
+    "running",
+    "waiting",
+    "slots_used",
+    "pages_owned",
+    "pages_free",
+    "pages_fenced",
+    "live_tokens",
+    "preemptions",
+)
+"""What a recorder writes down of each step when it is planned. Owned pages leave out fenced ones; `running` counts
+admitted requests that have not ended; `live_tokens` have K/V in owned pages; preemptions are the plan's own."""
+
+GAUGE_IDS: Final = {"prefill_tokens": "M7", "decode_tokens": "M7", "live_tokens": "M6"}
+"""Whose business a gauge is; M3's, where it is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +49,8 @@ class Totals:
     rejected: int
     live: int
     request_ns: int | None = None
+    series: Mapping[str, NDArray[np.signedinteger]] | None = None
+    """What plots are drawn from, one entry for each completed step (M8); None: nothing is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +105,9 @@ class MetricJudge:
         self.sojourn_ns = 0
         self.gone: dict[int, tuple[Said, str]] = {}
         self.latencies = {FIRST_TOKEN: Latency(), WHOLE: Latency()}
+        self.measures = self.padded = 0
+        """Measurements since the counters were settled, and those of steps with padding."""
+        self.series = SeriesLog(("step", "end_ns", *GAUGES))
 
     def first_token(self, live: Live, now_ns: int) -> None:
         """The first token of a request has reached the host."""
@@ -100,19 +128,81 @@ class MetricJudge:
         else:
             self.cancelled += 1
 
-    def measured(self, pages_owned: int, running: int, waiting: int) -> None:
-        """M3: the recorder's gauges are the auditor's."""
-        ledger = self.ledger
-        mine = (ledger.pool.num_owned, len(ledger.live) - len(ledger.waiting), len(ledger.waiting))
-        self.findings.counts["M3"].add(1, 1 if any(mine) else 0)
-        if (pages_owned, running, waiting) != mine:
+    def measured(self, gauges: tuple[int, ...], flight: Flight, preemptions: int) -> None:
+        """M3, M6, M7: the recorder's gauges are the auditor's."""
+        ledger, pool, plan = self.ledger, self.ledger.pool, flight.plan
+        prefill = plan.num_tokens - (plan.num_rows - flight.first)
+        waiting = len(ledger.waiting)
+        mine = (
+            prefill,
+            plan.num_tokens - prefill,
+            len(ledger.live) - waiting,
+            waiting,
+            len(ledger.occupant) - ledger.num_free_slots,
+            pool.num_owned,
+            pool.num_free,
+            pool.num_fenced,
+            self.planned_tokens - ledger.released_tokens,
+            preemptions,
+        )
+        flight.gauges = mine
+        self.measures += 1
+        self.padded += prefill % ledger.policy.prefill_chunk != 0
+        if gauges != mine:
+            self._wrong_gauges(gauges, mine)
+
+    def _wrong_gauges(self, said: tuple[int, ...], mine: tuple[int, ...]) -> None:
+        for name, a, b in zip(GAUGES, said, mine, strict=True):
+            if a != b:
+                self.findings.breach(
+                    GAUGE_IDS.get(name, "M3"),
+                    f"the record says {name} {a} in step {self.findings.step}, and the auditor's books say {b}",
+                    expected=f"{name} {b}",
+                    found=f"{name} {a}",
+                )
+
+    def judge_waste(self) -> None:
+        """M6: no sequence holds a page that it does not need; all waste together is what is allocated and unused."""
+        ledger, policy, total = self.ledger, self.ledger.policy, 0
+        for live in ledger.live.values():
+            admission = live.admission
+            if admission is None or admission.released:
+                continue
+            done = ledger.computed(admission)
+            held = len(admission.pages) * policy.page_size
+            most = ledger.pages_for(max(done, admission.high) + policy.lookahead) * policy.page_size
+            total += held - done
+            self.findings.counts["M6"].add(1, 1)
+            if not done <= held <= most:
+                self.findings.breach(
+                    "M6",
+                    f"request {live.id}, admission {admission.number}, wastes {held - done} of {held} places",
+                    requests=(live.id,),
+                    pages=admission.pages,
+                    expected=f"0 to {most - done}",
+                    found=held - done,
+                )
+        gauge = ledger.pool.num_owned * policy.page_size - (self.planned_tokens - ledger.released_tokens)
+        if total != gauge:
             self.findings.breach(
-                "M3",
-                f"the record says {pages_owned} owned pages, {running} running and {waiting} waiting requests; the"
-                f" auditor's books say {mine[0]}, {mine[1]} and {mine[2]}",
-                expected=mine,
-                found=(pages_owned, running, waiting),
+                "M6",
+                f"all sequences together waste {total} places, but {gauge} are allocated and not used",
+                expected=total,
+                found=gauge,
             )
+
+    def completed(self, flight: Flight) -> None:
+        """The outcome of a step reached the host: its row of the series is final."""
+        if flight.gauges:
+            self.series.note((flight.plan.step, self.findings.time_ns, *flight.gauges))
+
+    def settle_counts(self) -> None:
+        """Move the bulk counters into the counters."""
+        counts, measures = self.findings.counts, self.measures
+        counts["M3"].add(measures, measures)
+        counts["M6"].add(measures, measures)
+        counts["M7"].add(measures, self.padded)
+        self.measures = self.padded = 0
 
     def request_done(self, said: Said, request: int, itl_sum_ns: int) -> None:
         """M4: times are in order, add up, and are those that the auditor saw."""
@@ -154,7 +244,7 @@ class MetricJudge:
                 )
 
     def judge_totals(self, totals: Totals) -> None:
-        """M1, M2, M5 at the end of the run."""
+        """M1, M2, M5, M8 at the end of the run."""
         ledger, counts = self.ledger, self.findings.counts
         running = sum(
             ledger.computed(a) for x in ledger.live.values() if (a := x.admission) is not None and not a.released
@@ -178,6 +268,16 @@ class MetricJudge:
                     f" {self.sojourn_ns} ns",
                     expected=self.sojourn_ns,
                     found=totals.request_ns,
+                )
+        if totals.series is not None and self.series.rows:
+            counts["M8"].add(1, 1)
+            difference = self.series.difference(totals.series)
+            if difference:
+                self.findings.breach(
+                    "M8",
+                    f"the recorded series {difference}",
+                    expected="what was seen when each step was planned and completed",
+                    found=difference,
                 )
         mine = (self.arrived, self.finished, self.cancelled, self.rejected, len(ledger.live))
         said = (totals.arrived, totals.finished, totals.cancelled, totals.rejected, totals.live)

@@ -17,7 +17,7 @@ class Decoder:
     """Turns raw words back into token ids by trying every id that was ever written and is still remembered.
 
     Layers, heads and lanes are read off one page of evidence; the cache dtype off the first wrong place that should
-    hold a known token (dtypes share word sizes).
+    hold a known token (dtypes share word sizes). Where pages are quantised a place has one word more, its scale.
     """
 
     def __init__(self, evidence: Evidence) -> None:
@@ -46,6 +46,11 @@ class Decoder:
             if len(hits):
                 return hits
         return np.zeros(0, np.intp)
+
+    def stream(self, place: WrongPlace, kv_id: int, kind: int, head: int) -> tuple[int, ...]:
+        """The words of the same layer's other stream or head for a token."""
+        salt, ids = self.salts[place.layer, kind, head], np.array([kv_id], np.uint32)
+        return tuple(fingerprint.words(ids[:, None], salt, self.dtypes[0])[0].tolist())
 
     def equals(self, place: WrongPlace, kv_id: int) -> bool:
         """Whether the words found are those of `kv_id` (0: never written)."""

@@ -98,5 +98,7 @@ class Flight:
     """The ledger's count of joins when the step was planned."""
     draining: list[Live]
     """Requests whose last row this is."""
+    gauges: tuple[int, ...] = ()
+    """metrics.GAUGES by the auditor's own books, when the step was planned."""
     outcome: StepOutcome | None = None
     eos: list[Live] = field(default_factory=list[Live])

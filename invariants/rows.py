@@ -17,10 +17,10 @@ from invariants.records import Admission, Flight, Live
 from invariants.tables import TableJudge
 from paged_attention.plan import UNKNOWN_TOKEN, StepPlan
 
-ROW_FAMILY = ("S1", "S2", "S3", "S4", "S5", "P6", "P7", "T1", "T2", "T3", "T6", "S12")
+ROW_FAMILY = ("S1", "S2", "S3", "S4", "S5", "S8", "P6", "P7", "T1", "T2", "T3", "T6", "S12")
 """What each decode row is evaluated for."""
 
-PREFILL_FAMILY = ("S1", "S2", "S3", "S4", "S5", "P6", "T1", "T2")
+PREFILL_FAMILY = ("S1", "S2", "S3", "S4", "S5", "S8", "P6", "T1", "T2")
 """What each prefill row is evaluated for."""
 
 NOWHERE = np.zeros(0, np.int64)

@@ -148,8 +148,9 @@ class TableJudge:
         in_step: frozenset[int],
         *,
         device: bool,
+        changed: frozenset[int] = frozenset(),
     ) -> None:
-        """T1, T2, T6 of batch rows against the ledger.
+        """T1, T2, T5, T6 of batch rows against the ledger; `changed` are slots whose row is new in this step.
 
         On the host every slot is judged, and a position may be that of the step just planned or the next one. On the
         device only slots of this step (`in_step`) and free ones are: what a stalled or finished slot holds there is the
@@ -163,6 +164,8 @@ class TableJudge:
             position = int(positions[i])
             if live is None or live.admission is None:
                 counts["T2"].add(1, 1)
+                if device and self._is_stale(slot, [], rows[i], slot in changed):
+                    continue
                 self._judge_tail(rows[i].tolist(), 0, f"slot {slot}, which is free,", -1, where)
                 self._judge_position(slot, -1, position, {-1}, where)
                 continue
@@ -170,7 +173,8 @@ class TableJudge:
                 continue
             admission = live.admission
             counts["T1"].add(1, 1)
-            self.judge_row(admission, rows[i], ledger.computed(admission), where)
+            if not device or not self._is_stale(slot, admission.pages, rows[i], slot in changed):
+                self.judge_row(admission, rows[i], ledger.computed(admission), where)
             done = int(ledger.position[slot])
             if not device:
                 allowed = {done, done - 1}
@@ -180,6 +184,26 @@ class TableJudge:
             else:
                 allowed = {done}
             self._judge_position(slot, live.id, position, allowed, where)
+
+    def _is_stale(self, slot: int, pages: list[int], row: Int32[ndarray, " pages"], changed: bool) -> bool:
+        """T5: whether a device row still shows the slot as it was before: without its newest pages, or the holder's."""
+        self.findings.counts["T5"].add(1, int(changed))
+        told: list[int] = np.trim_zeros(row, "b").tolist()
+        older = len(told) < len(pages) and told == pages[: len(told)]
+        if told == pages or not (older or told == self.ledger.before[slot]):
+            return False
+        live = self.ledger.occupant[slot]
+        who = f"request {live.id}" if live is not None else "nobody"
+        self.findings.breach(
+            "T5",
+            f"step {self.findings.step} ran with a row of slot {slot} from before its last change: held by {who}, it"
+            f" has pages {pages}, and {told} stood on the device",
+            requests=() if live is None else (live.id,),
+            pages=pages,
+            expected=pages,
+            found=told,
+        )
+        return True
 
     def _judge_position(self, slot: int, request: int, position: int, allowed: set[int], where: str) -> None:
         self.findings.counts["T6"].add(1, 1)
@@ -193,6 +217,6 @@ class TableJudge:
                 found=position,
             )
 
-    def judge_evidence(self, evidence: Evidence, in_step: frozenset[int]) -> None:
+    def judge_evidence(self, evidence: Evidence, in_step: frozenset[int], changed: frozenset[int]) -> None:
         """The rows and positions that lie on the device."""
-        self.judge_batch(evidence.slots, evidence.rows, evidence.positions, in_step, device=True)
+        self.judge_batch(evidence.slots, evidence.rows, evidence.positions, in_step, device=True, changed=changed)

@@ -301,7 +301,7 @@ class Engine:
             self._auditor.planned(now_ns, plan, self._snapshot)
             if not self._stopped():
                 # Once a page is owned twice, two counts of owned pages differ too: that would be no finding of its own.
-                self._auditor.measured(now_ns, plan.step, recorder.pages_owned, recorder.running, recorder.waiting)
+                self._auditor.measured(now_ns, plan.step, recorder.newest_gauges)
         for observer in self._observers:
             observer.planned(now_ns, plan)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 from numpy.typing import NDArray
 
-from invariants.auditor import Totals
+from invariants.auditor import GAUGES, Totals
 from paged_attention.plan import UNKNOWN_TOKEN, DeclaredPolicy, Effect, StepOutcome, StepPlan
 from sim.columns import Column
 from sim.request_table import CANCELLED, FINISHED, LIVE, NEVER, NO_SEGMENT, REJECTED, RequestRows, RequestTable
@@ -22,21 +22,7 @@ from sim.trace_hash import TraceHash
 WAITING, PREFILL, DECODE, PREEMPTED = range(4)
 FREE, FENCED = -1, -2
 
-SERIES: Final = (
-    "step",
-    "start_ns",
-    "end_ns",
-    "prefill_tokens",
-    "decode_tokens",
-    "running",
-    "waiting",
-    "slots_used",
-    "pages_owned",
-    "pages_free",
-    "pages_fenced",
-    "live_tokens",
-    "preemptions",
-)
+SERIES: Final = ("step", "start_ns", "end_ns", *GAUGES)
 """Columns with one entry per completed step. Counts are those after planning the step; preemptions are its own."""
 
 SPILL_EVERY_STEPS: Final = 512
@@ -132,6 +118,11 @@ class Recorder:
             "seg_start_ns": start_ns,
             "seg_end_ns": end_ns,
         }
+
+    @property
+    def newest_gauges(self) -> tuple[int, ...]:
+        """GAUGES of the step planned last."""
+        return self._in_flight[-1][1]
 
     @property
     def pages_free(self) -> int:
@@ -239,6 +230,7 @@ class Recorder:
             rejected=rejected,
             live=live,
             request_ns=self._request_ns,
+            series=self.series,
         )
 
     def times_of(self, request: int) -> RequestTimes:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from sim.mutants.api_contracts import API_CONTRACTS
 from sim.replay import load_recorded, replay
 from sim.run import run
 from sim.scenario import Scenario
@@ -66,5 +67,10 @@ def replays() -> list[str]:
         return list(replay(load_recorded(Path(folder))).differences)
 
 
-CONTRACTS: Final[dict[str, Callable[[], list[str]]]] = {"streams": streams, "faults": faults, "replays": replays}
+CONTRACTS: Final[dict[str, Callable[[], list[str]]]] = {
+    "streams": streams,
+    "faults": faults,
+    "replays": replays,
+    **API_CONTRACTS,
+}
 """By name: what was not kept, nothing where all was."""

@@ -39,10 +39,7 @@ class StaleEditError(Exception):
 @contextmanager
 def applied(edits: Iterable[Edit]) -> Generator[None]:
     """Run the body with the edits in force. StaleEditError: one of them fits no code; nothing is changed then."""
-    by_target: dict[str, list[Edit]] = {}
-    for edit in edits:
-        by_target.setdefault(edit.target, []).append(edit)
-    rewritten = [(_find(target), _rewrite(target, group)) for target, group in by_target.items()]
+    rewritten = fitted(edits)
     with ExitStack() as stack:
         if rewritten:
             _forget_compiled()
@@ -50,6 +47,14 @@ def applied(edits: Iterable[Edit]) -> Generator[None]:
         for found, code in rewritten:
             stack.enter_context(_swapped(found, code))
         yield
+
+
+def fitted(edits: Iterable[Edit]) -> list[tuple[Any, CodeType]]:
+    """What is rewritten and its new code, nothing changed yet. StaleEditError: an edit fits no code."""
+    by_target: dict[str, list[Edit]] = {}
+    for edit in edits:
+        by_target.setdefault(edit.target, []).append(edit)
+    return [(_find(target), _rewrite(target, group)) for target, group in by_target.items()]
 
 
 @contextmanager

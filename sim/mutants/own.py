@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sim.mutants import own_schedule
 from sim.mutants.edit import Edit
 from sim.mutants.mutant import Mutant
 
@@ -129,7 +130,7 @@ PAGES: tuple[Mutant, ...] = (
     Mutant(
         "KP12",
         "The pages that a step which never ran was to tell the device of are never told.",
-        ("K3", "K1", "O1"),
+        ("T1", "K1", "O1"),
         where="device",
         edits=(
             Edit(
@@ -138,7 +139,6 @@ PAGES: tuple[Mutant, ...] = (
                 "for update in []:",
             ),
         ),
-        driver="device-lag",
     ),
     Mutant(
         "KP13",
@@ -168,4 +168,4 @@ PAGES: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = PAGES
+MUTANTS: tuple[Mutant, ...] = (*PAGES, *own_schedule.MUTANTS)

@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from invariants.auditor import AuditConfig, Auditor, Totals
+from invariants.auditor import GAUGES, AuditConfig, Auditor, Totals
 from paged_attention import fingerprint
 from paged_attention.plan import (
     EOS_TOKEN,
     UNKNOWN_TOKEN,
+    CacheBuffers,
     CoreSnapshot,
     DeclaredPolicy,
     Effect,
     Evidence,
     ModelRows,
     Request,
+    ShardedArray,
+    StepInput,
     StepOutcome,
     StepPlan,
     WrongPlace,
@@ -319,16 +322,20 @@ class TinyDevice:
         shape = (self.LAYERS, self.HEADS, policy.num_pages, policy.page_size, self.DIM)
         self.cache = np.zeros((2, *shape), np.uint16)
         self.policy, self.tamper = policy, tamper
+        self.requests: dict[int, Request] = {}
+        self.ran: StepInput | None = None
         self.salts = fingerprint.salts(self.LAYERS, self.HEADS, self.DIM)
         self.positions = np.full(policy.batch_size, -1, np.int32)
         self.rows = np.zeros((policy.batch_size, -(-policy.max_sequence_length // policy.page_size)), np.int32)
 
     def write(self, page, offset, kv_id, layers=(0, 1)):
         words = fingerprint.words(np.full((1, 1, 1, 1), kv_id, np.uint32), self.salts, self.DTYPE)
+        words = self.tamper("words", words)
         for layer in layers:
             self.cache[:, layer, :, page, offset] = words[layer]
 
     def execute(self, plan, rows):
+        self.ran = self.input_of(plan, rows)
         self.positions[:], self.rows[:] = -1, 0
         tokens, eos = [], []
         writes = []
@@ -374,6 +381,32 @@ class TinyDevice:
             for i, layer, kind, head in wrong
         )
 
+    def input_of(self, plan, rows):
+        """The step's rows, prefill first, as [prefill][slots], each sampled at its last token."""
+        chunk, slots = self.policy.prefill_chunk if (plan.slot < 0).any() else 0, self.policy.batch_size
+        first = int(chunk > 0)
+        at = ints(0 if s < 0 else s + first for s in plan.slot.tolist())
+        lengths, last = np.zeros(first + slots, np.int32), np.zeros(first + slots, np.int32)
+        begin = ints([0] * first + [chunk + s for s in range(slots)])
+        params = {n: np.zeros(first + slots, np.float32) for n in ("temperature", "top_p")}
+        params["max_tokens"] = np.zeros(first + slots, np.int32)
+        params["seed"] = np.zeros(first + slots, np.uint32)
+        for row, i in enumerate(at.tolist()):
+            dead = 0 <= int(rows.eos_position[row]) <= int(plan.start[row])
+            request = self.requests.get(int(plan.request[row]))
+            if i >= len(lengths) or request is None:
+                continue
+            lengths[i] = 0 if dead else int(plan.count[row])
+            last[i] = begin[i] + int(plan.count[row]) - 1
+            for name, values in params.items():
+                values[i] = getattr(request, name)
+        starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+        return StepInput(plan.step, at, starts, begin, last, **params)
+
+    def buffers(self):
+        whole = ShardedArray((4, 6), (((0, 2), (0, 6)), ((2, 4), (0, 6))))
+        return self.tamper("buffers", CacheBuffers(2, self.cache.nbytes, 0, (whole,)))
+
     def evidence(self, slots, pages):
         return self.tamper(
             "evidence",
@@ -384,6 +417,7 @@ class TinyDevice:
                 pages,
                 self.cache[0][:, :, pages],
                 self.cache[1][:, :, pages],
+                self.ran,
             ),
         )
 
@@ -418,7 +452,8 @@ class World:
         self.device = TinyDevice(policy, tamper)
         self.with_device = device
         self.now = 0
-        self.flights: deque[tuple[StepPlan, StepOutcome]] = deque()
+        self.flights: deque[tuple[StepPlan, StepOutcome, tuple[int, ...]]] = deque()
+        self.series: list[tuple[int, ...]] = []
         self.scheduled = 0
         self.counts = {"arrived": 0, "finished": 0, "cancelled": 0, "rejected": 0}
         self.times: dict[int, dict[str, Any]] = {}
@@ -431,6 +466,7 @@ class World:
         seed = 1000 + request_id
         request = Request(request_id, ints((7 * i + request_id) % VOCAB for i in range(prompt)), max_tokens, seed=seed)
         refusal, effects = None, ()
+        self.device.requests[request_id] = request
         try:
             effects = self.core.submit(request)
         except ValueError as error:
@@ -469,10 +505,8 @@ class World:
         told = self.tamper("plan", plan)
         self.scheduled += plan.num_tokens
         self.auditor.planned(self.now, told, self._snapshot)
-        snapshot = self.core.snapshot()
-        waiting = len(snapshot.queues["waiting"])
-        gauges = (sum(len(p) for p in snapshot.pages.values()), len(self.core.live) - waiting, waiting)
-        self.auditor.measured(self.now, plan.step, *self.tamper("gauges", gauges))
+        gauges = self.gauges(plan)
+        self.auditor.measured(self.now, told.step, self.tamper("gauges", gauges))
         if abandon:
             self.scheduled -= plan.num_tokens
             self.auditor.abandoned(self.now, plan.step, self.core.abandon(plan.step))
@@ -481,12 +515,31 @@ class World:
         rows = self.rows(told)
         outcome = self.device.execute(told, rows)
         self.auditor.dispatched(self.now, told, rows, self.device if self.with_device else None)
-        self.flights.append((told, self.tamper("outcome", outcome)))
+        self.flights.append((told, self.tamper("outcome", outcome), gauges))
         return True
 
+    def gauges(self, plan):
+        """What a recorder would note of the step, asked of the core itself."""
+        core, snapshot = self.core, self.core.snapshot()
+        waiting = len(snapshot.queues["waiting"])
+        prefill = int(plan.count[plan.slot < 0].sum())
+        return (
+            prefill,
+            plan.num_tokens - prefill,
+            len(core.live) - waiting,
+            waiting,
+            len(snapshot.slot_of),
+            sum(len(p) for p in snapshot.pages.values()),
+            len(snapshot.free),
+            len(snapshot.fenced),
+            sum(x.done for x in core.live.values() if x.pages),
+            sum(e.kind == "preempted" for e in plan.effects),
+        )
+
     def complete(self):
-        plan, outcome = self.flights.popleft()
+        plan, outcome, gauges = self.flights.popleft()
         self.now += self.step_ns
+        self.series.append((plan.step, self.now, *gauges))
         self.auditor.executed(self.now, plan, self.tamper("seen", outcome))
         for i, request in enumerate(plan.request.tolist()):
             if request in self.core.live and plan.samples[i]:
@@ -525,7 +578,9 @@ class World:
     def finish(self):
         self.plan()
         live = len(self.core.live)
-        totals = Totals(scheduled_tokens=self.scheduled, live=live, request_ns=self.stays, **self.counts)
+        columns = np.array(self.series, np.int64).reshape(-1, 12).T
+        series = dict(zip(("step", "end_ns", *GAUGES), columns, strict=True))
+        totals = Totals(self.scheduled, live=live, request_ns=self.stays, series=series, **self.counts)
         pending = self.tamper("pending", self.core.pending())
         device = self.device if self.with_device else None
         self.auditor.finished(self.now, pending, self._snapshot, device, self.tamper("totals", totals))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from invariants.auditor import AuditConfig
+from invariants.auditor import GAUGES, AuditConfig
 from invariants.catalogue import select
 from invariants.determinism import first_divergence
 from paged_attention.plan import Effect, StepPlan
@@ -168,6 +168,43 @@ def first_page_twice(e):
     return e._replace(pages=(1, *e.pages[1:]))
 
 
+def gauge(name):
+    at = GAUGES.index(name)
+    return lambda gauges: (*gauges[:at], gauges[at] + 1, *gauges[at + 1 :])
+
+
+def series_of(name):
+    return lambda t: replace(t, series={**t.series, name: t.series[name][::-1]})
+
+
+def ran_with(field, change):
+    """Another array of the step's input, in a step with a chunk of several tokens."""
+
+    def apply(evidence):
+        ran = evidence.ran
+        if ran is None or ran.query_starts[1] < 2:
+            return None
+        return replace(evidence, ran=replace(ran, **{field: change(ran)}))
+
+    return apply
+
+
+def doubled_shard(buffers):
+    (array,) = buffers.arrays
+    return replace(buffers, arrays=(replace(array, boxes=(array.boxes[0],) * 2),))
+
+
+def older_row(evidence):
+    """A row that lacks its newest page."""
+    for i, row in enumerate(evidence.rows):
+        used = np.count_nonzero(row)
+        if used > 1:
+            rows = evidence.rows.copy()
+            rows[i, used - 1] = 0
+            return replace(evidence, rows=rows)
+    return None
+
+
 STORIES = {
     "P1": (Once("plan", effect_of("allocated", first_page_twice), after=1), "page 1 was handed to request"),
     "P2": (Once("snapshot", free_less), "do not make 9"),
@@ -190,6 +227,7 @@ STORIES = {
     "T1": (Once("plan", array_of("table", lambda t, p, r: put(t, (r, 0), 5), decode)), "is page 5 in step"),
     "T2": (Once("plan", table_tail), "past its"),
     "T3": (Once("plan", effect_of("joined", lambda e: e._replace(slot=99))), "joined in slot 99"),
+    "T5": (Once("evidence", older_row), "from before its last change"),
     "T6": (
         Once("evidence", lambda e: replace(e, positions=e.positions + 1) if (e.positions > 0).any() else None),
         "on the device",
@@ -200,6 +238,9 @@ STORIES = {
     ),
     "K2": (Once("writes", first_write(lambda w: [w, (8, 2, *w[2:])])), "changed outside the planned writes"),
     "K3": (Once("writes", first_write(lambda w: [])), "but still holds nothing (never written)"),
+    "K7": (Once("words", lambda w: w[:, ::-1], after=3), "holds the V words of head 0 of the same token"),
+    "K8": (Once("buffers", lambda b: replace(b, num_not_donated=4), after=1), "left 4 of the cache's arrays alive"),
+    "K10": (Once("buffers", doubled_shard), "hold ((0, 2), (0, 6)) 2 times, not 1"),
     "K9": (Once("writes", first_write(lambda w: [(*w[:3], (0,))])), "wrong in layers [1]"),
     "S1": (Once("plan", lambda p: replace(p, tokens=np.append(p.tokens, np.int32(1)))), "do not fit together"),
     "S2": (Once("plan", array_of("start", lambda a, p, r: put(a, r, a[r] - 1), decode)), "tokens are computed"),
@@ -208,18 +249,26 @@ STORIES = {
     "S5": (Once("plan", effect_of("allocated", lambda e: None, lambda e: e.first_page)), "beyond its"),
     "S6": (Once("snapshot", unqueued), "which is running, is in the queues []"),
     "S7": (Once("plan", effect_of("joined", lambda e: [e, e])), "'joined' of request 0, admission 1, while"),
+    "S8": (
+        Always("evidence", ran_with("sampled_row", lambda r: put(r.sampled_row.copy(), 0, 0))),
+        "was sampled at row 0",
+    ),
     "S9": (Once("plan", effect_of("admitted", overtaken)), "before request 0, which heads"),
     "S10": (Once("plan", needless_preemption), "but request 1 is the newest holder"),
     "S13": (Once("submit", lambda v: ((), "too long")), "was refused (too long) although it fits"),
     "O1": (Once("outcome", token_of(lambda t, i: put(t, i, t[i] % 49 + 1))), "but a run by itself yields"),
     "O3": (Once("apply", effect_of("ended", lambda e: None)), "did not end although"),
+    "O11": (Once("evidence", ran_with("seed", lambda r: np.roll(r.seed, 1)), after=6), "ran with seed 0 for request"),
     "O10": (Once("outcome", token_of(lambda t, i: put(t, i, -1))), "yielded no token"),
     "R1": (Once("plan", effect_of("preempted", lambda e: e._replace(slot=7))), "'preempted' of request"),
     "R2": (Once("plan", wrong_resumed_token), "is fed token"),
     "R4": (Once("cancel", lambda e: None if e else (Effect("cancelled", 77, 0),)), "cancel of request 77"),
     "M1": (Once("totals", lambda t: replace(t, scheduled_tokens=t.scheduled_tokens + 1)), "scheduled tokens"),
     "M2": (Once("totals", lambda t: replace(t, request_ns=t.request_ns + 1)), "the integral of live requests"),
-    "M3": (Once("gauges", lambda g: (g[0] + 1, *g[1:])), "owned pages"),
+    "M3": (Once("gauges", gauge("pages_owned")), "the record says pages_owned 3 in step 0"),
+    "M6": (Once("gauges", gauge("live_tokens")), "the record says live_tokens"),
+    "M7": (Once("gauges", gauge("decode_tokens"), after=3), "the record says decode_tokens"),
+    "M8": (Once("totals", series_of("waiting")), "the recorded series tells another 'waiting' among"),
     "M4": (
         Once("done", lambda d: {**d, "first_token_ns": d["first_token_ns"] + 1} if d["first_token_ns"] else None),
         "its first token was at",
@@ -242,7 +291,7 @@ def test_one_change_breaks_the_invariant_and_the_message_says_what(name):
     assert world.auditor.counters()[name]["violated"] >= 1
 
 
-END = {"P12", "M1", "M2", "M5", "L6"}
+END = {"P12", "M1", "M2", "M5", "M8", "L6"}
 LATE = {"P9", "S10", "R1", "R2", "P10", "P5", "P11", "O3", "M4", "T2"}
 
 
@@ -451,8 +500,58 @@ def test_each_active_invariant_has_a_story_here():
 
 def test_at_most_max_violations_are_kept_and_all_are_counted():
     config = AuditConfig(full_every=1, only=frozenset({"M3"}), max_violations=3)
-    world = World(small_policy(), tamper=Always("gauges", lambda g: (g[0] + 1, *g[1:])), config=config)
+    world = World(small_policy(), tamper=Always("gauges", gauge("running")), config=config)
     world.submit(0, 5, 12)
     world.drain()
     assert len(world.auditor.violations) == 3
     assert world.auditor.counters()["M3"]["violated"] > 3
+
+
+def test_s8_also_wants_query_starts_that_repeat_where_no_row_is():
+    def zeros_behind(evidence):
+        starts = evidence.ran.query_starts if evidence.ran is not None else ints([])
+        if not len(starts) or starts[-1] != starts[-2] or not starts[-1]:
+            return None
+        return replace(evidence, ran=replace(evidence.ran, query_starts=put(starts.copy(), -1, 0)))
+
+    world = only("S8", tamper=Once("evidence", zeros_behind, after=1))
+    world.submit(0, 3, 9)
+    world.step()
+    assert world.found == ["S8"]
+    assert "query start 4 of step 0 is 0 on the device, but the rows before it have 3 tokens" in str(
+        world.auditor.violations[0]
+    )
+
+
+def test_t5_also_knows_the_row_of_whoever_was_in_the_slot_before():
+    policy = small_policy(batch_size=1)
+    seen = []
+
+    def holder_before(evidence):
+        seen.append(evidence.rows[:1])
+        return replace(evidence, rows=seen[3]) if len(seen) == 7 else None
+
+    world = only("T5", policy=policy, tamper=Always("evidence", holder_before))
+    world.submit(0, 3, 3)
+    world.submit(1, 3, 9)
+    for _ in range(8):
+        world.step()
+    assert world.found == ["T5"]
+    assert "held by request 1" in world.auditor.violations[0].message
+
+
+def test_m6_also_wants_no_page_too_many_in_any_sequence():
+    world = only("M6", tamper=Once("plan", extra_page))
+    world.submit(0, 5, 9)
+    world.step()
+    assert "request 0, admission 1, wastes" in world.auditor.violations[0].message
+
+
+def test_o11_also_wants_the_right_seeds_in_the_neutral_rows():
+    world = only("O11", device=False)
+    world.submit(0, 5, 9)
+    plan = world.core.plan()
+    rows = replace(world.rows(plan), token_seed=np.array([3], np.uint32))
+    world.auditor.planned(1, plan, None)
+    world.auditor.dispatched(1, plan, rows, None)
+    assert "row 0 of step 0 with seed 3 for request 0, whose own is 1000" in world.auditor.violations[0].message

@@ -130,7 +130,7 @@ PAGES: tuple[Mutant, ...] = (
     Mutant(
         "KP12",
         "The pages that a step which never ran was to tell the device of are never told.",
-        ("T1", "K1", "O1"),
+        ("K3", "K1", "O1"),
         where="device",
         edits=(
             Edit(
@@ -139,6 +139,7 @@ PAGES: tuple[Mutant, ...] = (
                 "for update in []:",
             ),
         ),
+        driver="device-lag",
     ),
     Mutant(
         "KP13",

@@ -57,21 +57,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MT08",
         "The device is told of new pages only in steps in which somebody joins.",
-        ("T1", "K1", "O1"),
+        ("K3", "K1", "T1", "O1"),
         where="device",
         edits=(Edit("paged_attention.step_news:pack", "    if updates:\n", "    if updates and tasks:\n"),),
+        driver="device-starved",
     ),
     Mutant(
         "MT09",
         "The device is told of a new page one step after the one that writes to it.",
-        ("K1", "T1", "O1"),
+        ("K3", "K1", "T1", "O1"),
         where="device",
         edits=(
             Edit(
                 "paged_attention.planning:_tell",
                 "    if not books.untold:\n        return\n",
-                """    news, native.decodes_state_page_updates = native.decodes_state_page_updates, []
-    late = [(int(books.slots.key[update.slot]), update) for update in news]
+                """    key, news = books.slots.key, native.decodes_state_page_updates
+    late = [(int(key[update.slot]), update) for update in news]
+    native.decodes_state_page_updates.clear()
     if not books.untold:
         books.untold.pages += late
         return
@@ -83,6 +85,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "    books.untold.pages += late\n    native.decodes_state_page_updates[:0] =",
             ),
         ),
+        driver="device-starved",
     ),
     Mutant(
         "MT10",

@@ -48,8 +48,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_ENGINE}.apply",
-                "for row in outcome.eos.nonzero()[0].tolist():",
-                "for row in outcome.eos.nonzero()[0].tolist()[:1]:",
+                "outcome.eos.nonzero()[0].tolist() if",
+                "outcome.eos.nonzero()[0].tolist()[:1] if",
             ),
         ),
     ),
@@ -60,9 +60,9 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_BOOKS}.preempt",
-                "tokens = sequence.request.prompt.tolist() + sequence.generated",
+                "sequence.prefill = self._initial(",
                 "sequence.order, self._next_order = self._next_order, self._next_order + 1\n"
-                "    tokens = sequence.request.prompt.tolist() + sequence.generated",
+                "    sequence.prefill = self._initial(",
             ),
         ),
     ),
@@ -140,8 +140,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SLOTS}._change",
-                "self._running = None",
-                "self._running = None if advance else self._running",
+                "self._lanes = None",
+                "self._lanes = None if advance else self._lanes",
             ),
         ),
     ),
@@ -152,8 +152,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 _MAKE_PLAN,
-                "table[1:] = page_table[slots, : table.shape[1]]",
-                "table[1:] = page_table[: len(slots), : table.shape[1]]",
+                "table.pages.take(lanes, axis=0)",
+                "table.pages.take(np.arange(len(lanes)) - (fed is not None), axis=0)",
             ),
         ),
     ),

@@ -35,9 +35,9 @@ mine = (table.last_step[slots] == outcome.step) | (table.key[slots] != flight.co
         newest = slots[mine]"""
 
 _END_BY_SLOT: Final = """\
-first = flight.plan.num_rows - len(flight.slots)
+first = flight.plan.num_rows - flight.columns.shape[1]
     if row >= first:
-        return self.in_slot[flight.slots[row - first]]"""
+        return self.in_slot[flight.columns[SLOT, row - first]]"""
 
 _FIRST_SHAPE_WINS: Final = """\
 return _parts(vars(_parts).setdefault(self.batch_size, self))"""
@@ -106,7 +106,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "What a step yielded is applied to whoever sits in the slot now: its token, and its end.",
         ("S3", "O3"),
         edits=(
-            Edit(f"{_BOOKS}.sequence_of", "first = flight.plan.num_rows - len(flight.slots)", _END_BY_SLOT),
+            Edit(f"{_BOOKS}.sequence_of", "first = flight.plan.num_rows - flight.columns.shape[1]", _END_BY_SLOT),
             Edit(
                 f"{_BOOKS}.note_tokens",
                 "kept = (table.key[slots] == flight.columns[KEY]).nonzero()[0]",
@@ -161,8 +161,8 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit(f"{_BOOKS}.enter", _LIMIT, f"max(1, {_LIMIT})"),
             Edit(
                 f"{_BOOKS}.enter",
-                "request.prompt.tolist()",
-                "request.prompt.tolist()[: self.metadata.max_sequences]",
+                "self._initial(request, request.prompt, order)",
+                "self._initial(request, request.prompt[: self.metadata.max_sequences], order)",
             ),
         ),
     ),
@@ -350,7 +350,6 @@ MUTANTS: tuple[Mutant, ...] = (
                 "if draft is None or not (draft.run_decodes or draft.prefill):",
                 "if draft is None:",
             ),
-            Edit(_MAKE_PLAN, "[slots, : block[NUM_PAGES].max()]", "[slots, : block[NUM_PAGES].max(initial=1)]"),
         ),
     ),
     _contract(

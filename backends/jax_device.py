@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import UInt32
 
 from backends import jax_roads as roads
-from backends.jax_inspect import cache_buffers, first_wrong, padded, page_words, parts
+from backends.fed_tokens import FedTokens
+from backends.jax_inspect import cache_buffers, first_other, first_wrong, padded, page_words, parts
 from backends.jax_probe import PAGES_PER_CALL
 from backends.jax_programs import programs_for
 from backends.jax_step import Pools
-from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec, Words
 from backends.words import check_plan
 from paged_attention.model_io import ModelOutputBatch, batch_of
 from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
@@ -35,18 +36,21 @@ class DispatchedStep:
     step: int
     num_rows: int
     parts: tuple[tuple[Any, Any, Any], ...]
+    logits_at: int | None = None
+    """Which row of the array has the digests of a decoder's logits."""
 
     def result(self) -> StepOutcome:
         """Wait for the device and return what the step yielded."""
         rows, places, yielded = self.parts[0]
+        wanted = slice(2) if self.logits_at is None else [0, 1, self.logits_at]
         if rows is roads.EVERY_ROW:
-            found = np.asarray(yielded)[:2, places]
+            found = np.asarray(yielded)[wanted][:, places]
         else:
-            found = np.empty((2, self.num_rows), np.int32)
+            found = np.empty((2 if self.logits_at is None else 3, self.num_rows), np.int32)
             for rows, places, yielded in self.parts:
-                found[:, rows] = np.asarray(yielded)[:2, places]
+                found[:, rows] = np.asarray(yielded)[wanted][:, places]
         found.setflags(write=False)
-        return StepOutcome(self.step, found[0], found[1])
+        return StepOutcome(self.step, found[0], found[1], None if self.logits_at is None else found[2].view(np.uint32))
 
 
 class JaxBackend:
@@ -82,6 +86,7 @@ class JaxBackend:
         """The newest plan of the core's own road, what it yielded, and the length of its padded chunk."""
         self._given: Pools = ()
         """The pools that the newest step was given; deleted, if it took them."""
+        self._fed = FedTokens() if model.kind == "tiny" else None
 
     def execute(self, plan: StepPlan, rows: ModelRows) -> DispatchedStep:
         """Dispatch a step. ValueError: a page id outside the pool; nothing was written then."""
@@ -102,7 +107,8 @@ class JaxBackend:
         )
         self._keep_prefill_output(plan, native, prefill_output)
         self._last_native = plan, yielded, news.shape.chunk_size
-        return DispatchedStep(plan.step, plan.num_rows, ((roads.EVERY_ROW, roads.device_rows(plan), yielded),))
+        part = (roads.EVERY_ROW, roads.device_rows(plan), yielded)
+        return DispatchedStep(plan.step, plan.num_rows, (part,), None if self._fed is None else roads.LOGITS_ROW)
 
     def _keep_prefill_output(self, plan: StepPlan, native: NextIterationPlan, output: tuple[Any, Any]) -> None:
         """Keep what a prefill yielded for as long as the host may not have seen it when the sequence joins."""
@@ -121,7 +127,11 @@ class JaxBackend:
             (chosen, slice(num_rows), self._rows_step(plan, rows, chosen, num_rows, chunk_tokens))
             for chosen, num_rows, chunk_tokens in roads.groups(plan)
         ]
-        return DispatchedStep(plan.step, plan.num_rows, tuple(results))
+        step = DispatchedStep(plan.step, plan.num_rows, tuple(results), None if self._fed is None else 2)
+        if self._fed is not None:
+            # The next step's rows may name tokens that nobody has seen: this road waits for each step.
+            self._fed.note(plan, step.result())
+        return step
 
     def _rows_step(self, plan: StepPlan, rows: ModelRows, chosen: Any, num_rows: int, chunk_tokens: int) -> Any:
         num_prefills = int(chunk_tokens > 0)
@@ -131,7 +141,8 @@ class JaxBackend:
         bucket = next((size for size in self._programs.decode_buckets if size >= num_decodes), num_decodes)
         num_pages = self._programs.model.metadata.num_pages_per_sequence
         packed = roads.pack_rows(plan, rows, chosen, num_prefills + bucket * (num_decodes > 0), num_pages)
-        self._pools, yielded = self._programs.rows_step(chunk_rows, packed.shape[0])(self._pools, packed)
+        chunk = None if self._fed is None else roads.pack_fed(plan, self._fed, chosen, packed, chunk_rows)
+        self._pools, yielded = self._programs.rows_step(chunk_rows, packed.shape[0])(self._pools, packed, chunk)
         return yielded
 
     # What lies on the device.
@@ -163,6 +174,8 @@ class JaxBackend:
         running = plan.slot >= 0
         end = (plan.start + plan.count)[running]
         ended = (rows.eos_position[running] >= 0) & (end >= rows.eos_position[running])
+        if self._fed is not None:
+            ended |= self._fed.ended(plan)[running]
         positions[plan.slot[running]] = np.where(ended, -1, end)
         table[plan.slot[running], : plan.table.shape[1]] = plan.table[running]
         return positions, table
@@ -172,6 +185,10 @@ class JaxBackend:
     ) -> tuple[WrongPlace, ...]:
         """The first wrong places, by place, then layer, K before V, then head."""
         return tuple(first_wrong(self._programs, self._pools, pages, offsets, kv_ids, limit))
+
+    def verify_words(self, pages: Ints, offsets: Ints, words: Words, limit: int = 8) -> tuple[WrongPlace, ...]:
+        """The first wrong places, in the same order."""
+        return tuple(first_other(self._programs, self._pools, pages, offsets, words, limit))
 
     def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
         """Overwrite whole pages."""

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from backends import jax_probe as probe
 from backends.jax_programs import Programs
 from backends.jax_step import Pools
-from backends.words import KINDS, check_places, scale_bits
+from backends.protocol import Words
+from backends.words import check_places, differing, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 from paged_attention.plan import CacheBuffers, Ints, ShardedArray, WrongPlace
 
@@ -70,10 +71,25 @@ def _details(programs: Programs, pools: Pools, places: Int32[np.ndarray, "3 plac
     if scales is not None:
         found = np.concatenate([found, scales[..., None]], axis=-1)
         expected = np.concatenate([expected, scale_bits(ids, programs.model.salts[..., :1])], axis=-1)
+    return differing(found, expected, pages, offsets, limit)
+
+
+def first_other(
+    programs: Programs, pools: Pools, pages: Ints, offsets: Ints, expected: Words, limit: int
+) -> list[WrongPlace]:
+    """The first places that hold other words than these, in the order of `first_wrong`; compared on the host.
+
+    ValueError: a place lies outside the cache.
+    """
+    check_places(pages, offsets, programs.model.cache)
     wrong: list[WrongPlace] = []
-    for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1))[:limit].tolist():
-        held, wanted = (tuple(array[place, layer, kind, head].tolist()) for array in (found, expected))
-        wrong.append(WrongPlace(layer, KINDS[kind], head, int(pages[place]), int(offsets[place]), held, wanted))
+    size = probe.PAGES_PER_CALL * programs.model.cache.page_size
+    for at in range(0, len(pages), size):
+        few = slice(at, at + size)
+        found = _fetch(programs, pools, pages[few], offsets[few])[0]
+        wrong += differing(found, expected[few], pages[few], offsets[few], limit - len(wrong))
+        if len(wrong) == limit:
+            break
     return wrong
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, UInt32
 
-from backends.jax_step import Pools, ScriptedModel
+from backends.jax_step import PagedModel, Pools
 from backends.words import poison_scale, poison_word, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 
@@ -21,7 +21,7 @@ PAGES_PER_CALL = 64
 """Pages fetched or spoilt in one call."""
 
 
-def differing_bits(model: ScriptedModel, pools: Pools, packed: Int32[Array, "3 places"]) -> UInt32[Array, " heads"]:
+def differing_bits(model: PagedModel, pools: Pools, packed: Int32[Array, "3 places"]) -> UInt32[Array, " heads"]:
     """The bits in which any of these places (page, offset, kv_id) differs from what it should hold; 0: none is wrong.
 
     A place outside the cache makes all bits differ. Heads stay apart: they may be sharded.
@@ -42,13 +42,13 @@ def differing_bits(model: ScriptedModel, pools: Pools, packed: Int32[Array, "3 p
 
 
 def place_words(
-    model: ScriptedModel, pools: Pools, page: Int32[Array, " n"], offset: Int32[Array, " n"]
+    model: PagedModel, pools: Pools, page: Int32[Array, " n"], offset: Int32[Array, " n"]
 ) -> tuple[Any, Any]:
     """Raw words (places, layers, 2, heads, head_dim) and, where pages are quantised, scale bits (.., heads)."""
     return _words_at(model, pools, page, offset)
 
 
-def spoil_pages(model: ScriptedModel, pools: Pools, page: Int32[Array, " n"], how: Literal["nan", "big"]) -> Pools:
+def spoil_pages(model: PagedModel, pools: Pools, page: Int32[Array, " n"], how: Literal["nan", "big"]) -> Pools:
     """Pools with whole pages overwritten; a page id past the end is dropped."""
     raw = np.array(poison_word(model.dtype, how), WORD_MASK[model.dtype][0])
     index = model.layout.index(page[:, None], jnp.arange(model.cache.page_size))
@@ -60,7 +60,7 @@ def spoil_pages(model: ScriptedModel, pools: Pools, page: Int32[Array, " n"], ho
     return tuple(spoilt)
 
 
-def _words_at(model: ScriptedModel, pools: Pools, page: Any, offset: Any) -> tuple[Any, Any]:
+def _words_at(model: PagedModel, pools: Pools, page: Any, offset: Any) -> tuple[Any, Any]:
     word = jnp.dtype(WORD_MASK[model.dtype][0])
     index = model.layout.index(page, offset)
     held: list[Any] = []

@@ -17,7 +17,8 @@ from backends import jax_probe as probe
 from backends import jax_roads as roads
 from backends.jax_compile_cache import use_compilation_cache
 from backends.jax_devices import make_mesh
-from backends.jax_step import Pools, ScriptedModel
+from backends.jax_step import PagedModel, Pools, ScriptedModel
+from backends.jax_tiny import DecoderModel
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
 from paged_attention import pytree
 from paged_attention.batch import ActiveSequenceBatch
@@ -56,7 +57,8 @@ class Programs:
         )
         shapes, tree = jax.tree.flatten(jax.eval_shape(self._new_cache))
         tile_pages = READER_TILE_PAGES.get(devices.platform, 4096)
-        self.model = ScriptedModel(cache, model, self._metadata, tree, tile_pages)
+        kind = DecoderModel if model.kind == "tiny" else ScriptedModel
+        self.model: PagedModel = kind(cache, model, self._metadata, tree, tile_pages)
         self._options = data_movement_options(devices.platform, cache.dtype)
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self._pool_shardings = tuple(
@@ -89,7 +91,7 @@ class Programs:
         )
 
     def rows_step(self, chunk_rows: int, num_packed: int) -> Callable[..., Any]:
-        """(pools, packed rows) -> (pools, yielded)."""
+        """(pools, packed rows[, the chunk's tokens]) -> (pools, yielded)."""
         key = (chunk_rows, num_packed)
         return self._made.get(key) or self._writing(key, partial(roads.rows_step, self.model, chunk_rows), 1)
 

@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32
 
-from backends.jax_step import Pools, RowFacts, ScriptedModel
+from backends.fed_tokens import FedTokens
+from backends.jax_step import Fed, PagedModel, Pools, RowFacts
 from paged_attention.model_io import (
     ModelIOProcessor,
     PagedAttentionMetadata,
@@ -31,16 +32,19 @@ from paged_attention.model_io import (
     state_of,
 )
 from paged_attention.plan import ModelRows, StepInput, StepPlan
+from paged_attention.sampling import SamplingParams
 from paged_attention.step_news import StepShape
 
 EVERY_ROW = slice(None)
+LOGITS_ROW = 8
+"""Where the digests of a decoder's logits stand in what a native step yields."""
 
 # The columns of a packed row, before its page table.
-_POSITION, _COUNT, _BASE, _SEED, _EOS, _SAMPLES, _TABLE = range(7)
+_POSITION, _COUNT, _BASE, _SEED, _EOS, _SAMPLES, _TOKEN, _TEMPERATURE, _TOP_P, _TABLE = range(10)
 
 
 def pack_facts(plan: StepPlan, rows: ModelRows, num_slots: int) -> Int32[np.ndarray, "3 device_rows"]:
-    """What the scripted model knows of [prefill][slots], for the native road; num_slots is 0 without decodes."""
+    """What the model knows of [prefill][slots], for the native road; num_slots is 0 without decodes."""
     facts = np.empty((3, int(plan.slot[0] < 0) + num_slots), np.int32)
     # A slot without a sequence has position -1: it yields nothing, whatever is said of it here.
     facts.fill(-1)
@@ -57,14 +61,14 @@ def device_rows(plan: StepPlan) -> Int32[np.ndarray, " rows"]:
 
 
 def native_step(
-    model: ScriptedModel,
+    model: PagedModel,
     shape: StepShape,
     pools: Pools,
     state: State,
     packed: Int32[Array, " words"],
     held: Any,
     facts: Int32[Array, "3 device_rows"],
-) -> tuple[Pools, State, tuple[Any, Any], Int32[Array, "8 device_rows"]]:
+) -> tuple[Pools, State, tuple[Any, Any], Int32[Array, "8_or_9 device_rows"]]:
     """`build_input` (its part on the device), one step on what it made, and the output fed back.
 
     The seeds are those that lie on the device. Also returned: the token and the next position of the prefill. What the
@@ -75,19 +79,21 @@ def native_step(
     meta, params = model_input.attn_meta, model_input.sampling_params
     seed = jnp.atleast_1d(params.seed).astype(jnp.uint32)
     base = lax.bitcast_convert_type(facts[0], jnp.uint32)
-    pools, sampled = model.step(pools, meta, RowFacts(base, seed, facts[1], facts[2] != 0))
+    fed = Fed(model_input.input_ids, params)
+    pools, sampled = model.step(pools, meta, RowFacts(base, seed, facts[1], facts[2] != 0), fed)
     output = ModelIOProcessor.prepare_model_output(sampled.token, sampled.complete, meta, params)
     feed_back(batch, output)
     prefill = jnp.asarray(output.prefill_token_id), jnp.asarray(output.prefill_next_position)
     yielded = [sampled.token, sampled.complete.astype(jnp.int32), sampled_rows(meta), query_starts(meta)[1:]]
+    digests = [] if sampled.logits is None else [lax.bitcast_convert_type(sampled.logits, jnp.int32)]
     floats = [lax.bitcast_convert_type(jnp.atleast_1d(x), jnp.int32) for x in (params.temperature, params.top_p)]
     words = [*floats, jnp.atleast_1d(params.max_tokens), lax.bitcast_convert_type(seed, jnp.int32)]
-    return pools, state_of(batch), prefill, jnp.stack([*yielded, *words])
+    return pools, state_of(batch), prefill, jnp.stack([*yielded, *words, *digests])
 
 
-def step_input(plan: StepPlan, yielded: Int32[np.ndarray, "8 device_rows"], chunk: int) -> StepInput:
+def step_input(plan: StepPlan, yielded: Int32[np.ndarray, "8_or_9 device_rows"], chunk: int) -> StepInput:
     """What a native step ran with; `chunk` is the length of its padded chunk, 0 without one."""
-    _, _, sampled_row, ends, temperature, top_p, max_tokens, seed = yielded.copy()
+    _, _, sampled_row, ends, temperature, top_p, max_tokens, seed = yielded[:LOGITS_ROW].copy()
     num_slots = len(ends) - int(chunk > 0)
     starts = ([0] if chunk else []) + list(range(chunk, chunk + num_slots))
     return StepInput(
@@ -129,18 +135,43 @@ def pack_rows(
     used[:, _SEED] = rows.token_seed.view(np.int32)[chosen]
     used[:, _EOS] = rows.eos_position[chosen]
     used[:, _SAMPLES] = plan.samples[chosen]
+    if len(rows.temperature):
+        used[:, _TEMPERATURE] = rows.temperature.view(np.int32)[chosen]
+        used[:, _TOP_P] = rows.top_p.view(np.int32)[chosen]
     width = min(plan.table.shape[1], num_pages)
     used[:, _TABLE : _TABLE + width] = plan.table[chosen, :width]
     packed[count:, _POSITION] = -1
     return packed
 
 
+def pack_fed(
+    plan: StepPlan, tokens: FedTokens, chosen: Any, packed: Int32[np.ndarray, "packed columns"], num_chunk_rows: int
+) -> Int32[np.ndarray, " chunk_rows"]:
+    """Put the decodes' tokens into their packed rows, and rows that have ended to rest; return the chunk's tokens."""
+    known = tokens.tokens(plan)
+    end = plan.count.cumsum()
+    first = (end - plan.count)[chosen]
+    used = packed[: len(first)]
+    used[:, _TOKEN] = known[first]
+    used[:, _EOS] = np.where(tokens.ended(plan)[chosen], 0, -1)
+    chunk = np.zeros(num_chunk_rows, np.int32)
+    if num_chunk_rows:
+        length = int(plan.count[chosen][0])
+        chunk[:length] = known[first[0] : first[0] + length]
+    return chunk
+
+
 def rows_step(
-    model: ScriptedModel, num_chunk_rows: int, pools: Pools, packed: Int32[Array, "packed columns"]
-) -> tuple[Pools, Int32[Array, "2 packed"]]:
+    model: PagedModel,
+    num_chunk_rows: int,
+    pools: Pools,
+    packed: Int32[Array, "packed columns"],
+    chunk: Int32[Array, " chunk_rows"] | None = None,
+) -> tuple[Pools, Int32[Array, "2_or_3 packed"]]:
     """One step on packed rows: a prefill row first where num_chunk_rows is not 0, all others decodes.
 
-    A dead row, whose EOS stands at or before its first position, is as good as padding.
+    A dead row, whose EOS stands at or before its first position, is as good as padding. `chunk` are the prefill's
+    tokens, for a model that is fed any.
     """
     eos = packed[:, _EOS]
     dead = (eos >= 0) & (packed[:, _POSITION] >= eos)
@@ -156,5 +187,11 @@ def rows_step(
     if packed.shape[0] > first_decode:
         meta = meta.replace(decodes_position=position[first_decode:], decodes_page_table=packed[first_decode:, _TABLE:])
     base, seed = (lax.bitcast_convert_type(packed[:, column], jnp.uint32) for column in (_BASE, _SEED))
-    pools, sampled = model.step(pools, meta, RowFacts(base, seed, eos, packed[:, _SAMPLES] != 0))
-    return pools, jnp.stack([sampled.token, sampled.complete.astype(jnp.int32)])
+    temperature, top_p = (
+        lax.bitcast_convert_type(packed[:, column], jnp.float32) for column in (_TEMPERATURE, _TOP_P)
+    )
+    params = SamplingParams(top_p=top_p, temperature=temperature, seed=seed)
+    token = packed[first_decode:, _TOKEN]
+    fed = Fed(token if chunk is None else jnp.concatenate([chunk, token]), params)
+    pools, sampled = model.step(pools, meta, RowFacts(base, seed, eos, packed[:, _SAMPLES] != 0), fed)
+    return pools, sampled.stacked()

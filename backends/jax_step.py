@@ -27,6 +27,7 @@ from paged_attention.layout import LAYOUTS, Layout
 from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.model_io import PagedAttentionMetadata
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN
+from paged_attention.sampling import SamplingParams
 
 Writer = Callable[[PagedAttentionCacheView, Any, Any, PagedAttentionMetadata], PagedAttentionCacheView]
 """A user's own write: (view, key, value, attn_meta) -> view.
@@ -46,6 +47,23 @@ class Sampled(NamedTuple):
 
     token: Int32[Array, " rows"]
     complete: Bool[Array, " rows"]
+    logits: UInt32[Array, " rows"] | None = None
+    """Digests of the logits, where the model has any."""
+
+    def stacked(self) -> Int32[Array, "2_or_3 rows"]:
+        """All of it in one array, to be fetched at once."""
+        rows = [self.token, self.complete.astype(jnp.int32)]
+        digests = [] if self.logits is None else [lax.bitcast_convert_type(self.logits, jnp.int32)]
+        return jnp.stack(rows + digests)
+
+
+class Fed(NamedTuple):
+    """What a decoder is fed; scripted models have no use for it."""
+
+    token: Int32[Array, " tokens"]
+    """[prefill chunk][decodes]."""
+    params: SamplingParams
+    """Of the sampled rows [prefill][decodes]."""
 
 
 class RowFacts(NamedTuple):
@@ -80,8 +98,8 @@ def own_writer(view: PagedAttentionCacheView, key: Any, value: Any, attn_meta: A
 
 
 @dataclass(frozen=True)
-class ScriptedModel:
-    """The echo and reader models over a cache of `cache`'s shape."""
+class PagedModel:
+    """What every model is over a cache of `cache`'s shape: its views, and how they are written."""
 
     cache: CacheSpec
     model: ModelSpec
@@ -92,7 +110,6 @@ class ScriptedModel:
     """Pages that the reader reads at once."""
     writer: Writer = field(init=False)
     dtype: str = field(init=False)
-    reader: PageReader = field(init=False)
     salts: UInt32[np.ndarray, "layers 2 heads head_dim"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,8 +118,6 @@ class ScriptedModel:
         set_field(self, "writer", own_writer if cache.writer is None else load_writer(cache.writer))
         set_field(self, "dtype", stored_dtype(cache))
         set_field(self, "salts", salts(cache.layers, cache.kv_heads, cache.head_dim))
-        geometry = (cache.layers, cache.kv_heads, cache.page_size, cache.head_dim)
-        set_field(self, "reader", PageReader(self.layout, self.dtype, geometry, self.model.lanes, self.tile_pages))
 
     @property
     def layout(self) -> Layout:
@@ -113,10 +128,32 @@ class ScriptedModel:
         """The cache views over these arrays."""
         return self.cache_tree.unflatten(pools).views
 
-    def step(self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts) -> tuple[Pools, Sampled]:
+    def step(
+        self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed
+    ) -> tuple[Pools, Sampled]:
         """Write the K/V of every row of `attn_meta`, then read and sample; `facts` has a row for each of its rows."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ScriptedModel(PagedModel):
+    """The echo and reader models: K/V and tokens are hashes."""
+
+    reader: PageReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cache = self.cache
+        geometry = (cache.layers, cache.kv_heads, cache.page_size, cache.head_dim)
+        reader = PageReader(self.layout, self.dtype, geometry, self.model.lanes, self.tile_pages)
+        object.__setattr__(self, "reader", reader)
+
+    def step(
+        self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed
+    ) -> tuple[Pools, Sampled]:
+        """See PagedModel."""
         views = self.views(pools)
-        prefill, decodes = _parts(attn_meta)
+        prefill, decodes = parts_of(attn_meta)
         first_decode = 0 if prefill is None else 1
         base = facts.kv_base
         if prefill is not None:
@@ -169,7 +206,7 @@ class ScriptedModel:
         return view.key_pages, view.value_pages
 
 
-def _parts(attn_meta: PagedAttentionMetadata) -> tuple[Any, Any]:
+def parts_of(attn_meta: PagedAttentionMetadata) -> tuple[Any, Any]:
     """The prefill and the decode part of a step's metadata, each alone; None where there is none."""
     absent = PagedAttentionMetadata.init_empty()
     prefill = decodes = None

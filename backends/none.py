@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt32
 
-from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec, Words
 from backends.scripted import TokenScript
 from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
 
@@ -29,7 +29,9 @@ class NoneBackend:
     """Plans only: yields what an error-free run of the scripted model would. It holds no cache, so it shows none."""
 
     def open(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
-        """Take note of the lengths; the devices are not looked at."""
+        """Take note of the lengths; the devices are not looked at. ValueError: a decoder is asked for."""
+        if model.kind == "tiny":
+            raise ValueError("the backend 'none' computes nothing, so it has no decoder; choose numpy or jax")
         self._script = TokenScript(cache.max_sequence_length, model.vocab_size)
 
     def execute(self, plan: StepPlan, rows: ModelRows) -> DoneStep:
@@ -47,6 +49,10 @@ class NoneBackend:
     def verify(
         self, pages: Ints, offsets: Ints, kv_ids: UInt32[np.ndarray, " places"], limit: int = 8
     ) -> tuple[WrongPlace, ...]:
+        """Nothing is wrong where nothing is."""
+        return ()
+
+    def verify_words(self, pages: Ints, offsets: Ints, words: Words, limit: int = 8) -> tuple[WrongPlace, ...]:
         """Nothing is wrong where nothing is."""
         return ()
 

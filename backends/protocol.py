@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from jaxtyping import UInt32
+from jaxtyping import UInt32, UInt
 from numpy import ndarray
 
+from paged_attention.decoder_spec import EXACT_DTYPES, DecoderSpec
 from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepOutcome, StepPlan, WrongPlace
+
+Words = UInt[ndarray, "places layers 2 kv_heads head_dim"]
+"""The raw words of each place, in the word dtype of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,9 @@ class CacheSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The scripted model: `echo` reads nothing; `reader` reads through the device's page table what was written.
+    """The model. `echo` and `reader` are scripted; `tiny` is a real decoder (`paged_attention.decoder_spec`).
+
+    `echo` reads nothing; `reader` reads through the device's page table what was written.
 
     Whenever a row yields a token, the reader reads `lanes` words of the K/V of every position below the row's length:
     one lane each of as many vectors (layer, K or V, head). Which ones moves on from position to position and from step
@@ -45,10 +51,32 @@ class ModelSpec:
     for each word that is wrong, so that a stale, freed or foreign page at any position changes it.
     """
 
-    kind: Literal["echo", "reader"] = "reader"
+    kind: Literal["echo", "reader", "tiny"] = "reader"
     vocab_size: int = 32_000
     lanes: int = 1
     """How many words of each position the reader compares, each in another vector."""
+    query_heads: int = 0
+    """Of the decoder; 0: twice the kv_heads."""
+    seed: int = 0
+    """Of the decoder's weights."""
+    eos: bool = False
+    """Whether an EOS that the decoder draws ends an output; if not, it draws none."""
+
+    def decoder(self, cache: CacheSpec) -> DecoderSpec:
+        """The decoder over such a cache. ValueError: it would not be exact, or makes no sense."""
+        if cache.quantize or cache.dtype not in EXACT_DTYPES:
+            what = "a quantised cache" if cache.quantize else f"dtype {cache.dtype!r}"
+            raise ValueError(f"the decoder's K and V fit without loss into {', '.join(EXACT_DTYPES)} only: found {what}")
+        return DecoderSpec(
+            layers=cache.layers,
+            query_heads=self.query_heads or 2 * cache.kv_heads,
+            kv_heads=cache.kv_heads,
+            head_dim=cache.head_dim,
+            vocab_size=self.vocab_size,
+            max_positions=cache.max_sequence_length,
+            seed=self.seed,
+            eos=self.eos,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +122,12 @@ class Backend(Protocol):
         self, pages: Ints, offsets: Ints, kv_ids: UInt32[ndarray, " places"], limit: int = 8
     ) -> tuple[WrongPlace, ...]:
         """Compare places with the fingerprints of `kv_ids` (0: never written, all words zero); the first wrong ones."""
+        ...
+
+    def verify_words(
+        self, pages: Ints, offsets: Ints, words: Words, limit: int = 8
+    ) -> tuple[WrongPlace, ...]:
+        """The same with the raw words themselves, which K/V that is no fingerprint is compared with."""
         ...
 
     def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 import ml_dtypes
 import numpy as np
 
-from backends.protocol import CacheSpec
+from backends.protocol import CacheSpec, Words
 from paged_attention.fingerprint import GOLDEN, WORD_MASK, mix32, words
-from paged_attention.plan import Ints, StepPlan
+from paged_attention.plan import Ints, StepPlan, WrongPlace
 
 KINDS: tuple[Literal["K", "V"], ...] = ("K", "V")
 
@@ -76,6 +76,15 @@ def scale_bits(ids: Any, vector_salts: Any, xp: ModuleType = np) -> Any:
     mixed = (ids ^ vector_salts) * xp.uint32(GOLDEN)
     bits = (xp.uint32(127 - 8) + (mixed >> xp.uint32(28))) << xp.uint32(23)
     return xp.where(ids == xp.uint32(0), xp.uint32(0), bits)
+
+
+def differing(found: Words, expected: Words, pages: Ints, offsets: Ints, limit: int) -> list[WrongPlace]:
+    """The first places where words differ, by place, then layer, K before V, then head."""
+    wrong: list[WrongPlace] = []
+    for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1))[:limit].tolist():
+        held, wanted = (tuple(array[place, layer, kind, head].tolist()) for array in (found, expected))
+        wrong.append(WrongPlace(layer, KINDS[kind], head, int(pages[place]), int(offsets[place]), held, wanted))
+    return wrong
 
 
 def poison_word(dtype: str, how: Literal["nan", "big"]) -> int:

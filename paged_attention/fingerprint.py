@@ -80,3 +80,10 @@ def token(seed: Any, position: Any, vocab_size: int, xp: ModuleType = np) -> Any
     p = xp.asarray(position).astype(xp.uint32)
     h = mix32(xp.asarray(seed).astype(xp.uint32) ^ mix32(p + xp.uint32(GOLDEN), xp), xp)
     return (xp.uint32(1) + h % xp.uint32(vocab_size - 1)).astype(xp.int32)
+
+
+def logits_digest(logits: Any, xp: ModuleType = np) -> Any:
+    """A uint32 for each row of float32 logits that stands for all of their bits: a sum over tokens, in any order."""
+    bits = xp.asarray(logits, xp.float32).view(xp.uint32)
+    token_salt = mix32(xp.arange(1, bits.shape[-1] + 1, dtype=xp.uint32) * xp.uint32(GOLDEN), xp)
+    return xp.sum(mix32(bits ^ token_salt, xp), axis=-1, dtype=xp.uint32)

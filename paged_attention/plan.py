@@ -142,11 +142,13 @@ class StepOutcome:
     step: int
     token: Int32[np.ndarray, " rows"]
     eos: Int32[np.ndarray, " rows"]
+    logits: UInt32[np.ndarray, " rows"] | None = field(default=None, compare=False)
+    """`fingerprint.logits_digest` of each row's logits; None: the model has none. Never hashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRows:
-    """What the scripted model computes for each row of a plan; made by the simulator, never by the core.
+    """What the model computes for each row of a plan; made by the simulator, never by the core.
 
     `kv_base` identifies (request, admission); `token_seed` is the request's sampling seed; `eos_position` is the
     position at which the request's EOS token stands, or -1 where no EOS ends it.
@@ -155,6 +157,9 @@ class ModelRows:
     kv_base: UInt32[np.ndarray, " rows"]
     token_seed: UInt32[np.ndarray, " rows"]
     eos_position: Int32[np.ndarray, " rows"]
+    temperature: Float32[np.ndarray, " rows"] = field(default_factory=lambda: np.zeros(0, np.float32))
+    """Of the request; none at all where the model draws nothing."""
+    top_p: Float32[np.ndarray, " rows"] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt32
 
-from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec, Pending
+from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec, Pending, Words
 from paged_attention.plan import CacheBuffers, Evidence, Ints, ModelRows, StepPlan, WrongPlace
 
 
@@ -40,6 +40,10 @@ class BackendWrapper:
     ) -> tuple[WrongPlace, ...]:
         """See Backend."""
         return self.backend.verify(pages, offsets, kv_ids, limit)
+
+    def verify_words(self, pages: Ints, offsets: Ints, words: Words, limit: int = 8) -> tuple[WrongPlace, ...]:
+        """See Backend."""
+        return self.backend.verify_words(pages, offsets, words, limit)
 
     def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
         """See Backend."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from invariants.catalogue import select
+from invariants.decoder_oracle import DecoderOracle
 from invariants.device import Device
 from invariants.device_turns import DeviceJudge
 from invariants.findings import Findings
@@ -58,15 +59,23 @@ class Auditor:
 
     Call order for a step: `planned` directly after `core.plan()`, `dispatched` directly after `backend.execute`
     (nothing in between), later `executed` and `applied` around `core.apply`, or `abandoned` in place of these three.
-    `vocab_size` None: tokens are the core's own business (plan logs of foreign engines), O1 is off.
+    `vocab_size` None: tokens are the core's own business (plan logs of foreign engines), O1 is off. `oracle` is given
+    where the model is a decoder: tokens, logits and K/V words are then its, and no scripted ones.
     """
 
-    def __init__(self, policy: DeclaredPolicy, config: AuditConfig, vocab_size: int | None) -> None:
-        # O1 needs the model.
+    def __init__(
+        self,
+        policy: DeclaredPolicy,
+        config: AuditConfig,
+        vocab_size: int | None,
+        oracle: DecoderOracle | None = None,
+    ) -> None:
+        # O1 needs the model, O2 one with logits.
         on = select(config.only, "always") - (frozenset({"O1"}) if vocab_size is None else frozenset[str]())
+        on -= frozenset({"O2"}) if oracle is None else frozenset[str]()
         self.config = config
         self._findings = findings = Findings(on, config.max_violations)
-        self._ledger = ledger = Ledger(policy, vocab_size)
+        self._ledger = ledger = Ledger(policy, vocab_size, oracle)
         self._pages = PageJudge(ledger, findings)
         self._outputs = OutputJudge(ledger, findings)
         self._liveness = LivenessJudge(ledger, findings)
@@ -177,7 +186,7 @@ class Auditor:
         if flight is None:
             return
         if rows is not None:
-            for row, live, _, _, _ in flight.prefills:
+            for row, live, _, _, _ in flight.prefills if self._ledger.oracle is None else ():
                 self._ledger.learn_eos(live, rows.eos_position.item(row))
             if plan.step % SEEDS_EVERY == 0 or self.config.full_every == 1:
                 self._device.inputs.judge_seeds(flight, rows)

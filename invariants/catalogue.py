@@ -453,11 +453,10 @@ _ENTRIES = (
     Entry(
         "O2",
         "outputs",
-        "The logits of a position equal the oracle's within tolerance.",
+        "Each token is drawn from the logits that the oracle has at that position, bit for bit.",
         "The right token by luck hides a wrong row.",
         "rows",
-        "each outcome",
-        "a real decoder",
+        "each outcome of a decoder",
     ),
     Entry(
         "O3",

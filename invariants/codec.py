@@ -17,9 +17,9 @@ NARROWER = {
 """Types that values may have passed through on their way into a cache of another one."""
 
 
-def codec_fault(place: WrongPlace, kv_id: int, decoder: Decoder) -> str:
-    """How the words found follow from the token that belongs there; "": they do not."""
-    if not kv_id:
+def codec_fault(place: WrongPlace, token: np.void, decoder: Decoder) -> str:
+    """How the words found follow from the token that belongs there (an entry of the shadow); "": they do not."""
+    if not token["id"]:
         return ""
     size = decoder.head_dim
     found, expected = place.found[:size], place.expected[:size]
@@ -29,7 +29,7 @@ def codec_fault(place: WrongPlace, kv_id: int, decoder: Decoder) -> str:
         return ""
     for kind in range(len(KINDS)):
         for head in range(decoder.heads):
-            if (KINDS[kind], head) != (place.kind, place.head) and found == decoder.stream(place, kv_id, kind, head):
+            if (KINDS[kind], head) != (place.kind, place.head) and found == decoder.stream(place, token, kind, head):
                 return f"the {KINDS[kind]} words of head {head} of the same token"
     if sorted(found) == sorted(expected):
         return "its own words in another order of lanes"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxtyping import UInt32
+from jaxtyping import UInt, UInt32
 from numpy import ndarray
 
 from paged_attention.plan import CacheBuffers, Evidence, Ints, WrongPlace
+
+Words = UInt[ndarray, "places layers 2 kv_heads head_dim"]
+"""The raw words of each place, in the word dtype of the cache."""
 
 
 class Device(Protocol):
@@ -17,6 +20,10 @@ class Device(Protocol):
         self, pages: Ints, offsets: Ints, kv_ids: UInt32[ndarray, " places"], limit: int = 8
     ) -> tuple[WrongPlace, ...]:
         """Compare places with the fingerprints of ids (0: never written); the first wrong ones."""
+        ...
+
+    def verify_words(self, pages: Ints, offsets: Ints, words: Words, limit: int = 8) -> tuple[WrongPlace, ...]:
+        """The same with the raw words themselves."""
         ...
 
     def evidence(self, slots: Ints, pages: Ints) -> Evidence | None:

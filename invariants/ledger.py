@@ -15,6 +15,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from invariants.decoder_oracle import DecoderOracle
 from invariants.pool import Pool
 from invariants.records import Admission, Flight, Live
 from paged_attention import fingerprint
@@ -24,7 +25,11 @@ from paged_attention.plan import EOS_TOKEN, DeclaredPolicy, Request
 class Ledger:
     """The shadow state. Every method changes the books in one documented way."""
 
-    def __init__(self, policy: DeclaredPolicy, vocab_size: int | None) -> None:
+    def __init__(
+        self, policy: DeclaredPolicy, vocab_size: int | None, oracle: DecoderOracle | None = None
+    ) -> None:
+        """`oracle` knows the tokens of a decoder; without one they are those of the scripted models."""
+        self.oracle = oracle
         slots, self.page_size = policy.batch_size, policy.page_size
         self.policy = policy
         self.vocab_size = vocab_size
@@ -152,7 +157,11 @@ class Ledger:
         """The prompt and, where a vocabulary is declared, every token that the request must yield."""
         tokens = np.zeros(live.last + 1, np.int32)
         tokens[: live.prompt] = live.request.prompt
-        if self.vocab_size is not None:
+        if self.oracle is not None:
+            answer = self.oracle.answer(live.request, live.last)
+            tokens[live.prompt :] = answer.tokens
+            live.eos_position = answer.eos_position
+        elif self.vocab_size is not None:
             positions = np.arange(live.prompt, live.last + 1, dtype=np.uint32)
             tokens[live.prompt :] = fingerprint.token(live.request.seed, positions, self.vocab_size)
         return tokens

@@ -9,7 +9,9 @@ step, pages and slot at the latest with it; a request whose last row is planned 
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import UInt32
 
+from invariants.decoder_oracle import DecoderOracle
 from invariants.findings import Findings
 from invariants.ledger import Ledger
 from invariants.records import Flight, Live
@@ -53,6 +55,29 @@ class OutputJudge:
         for i in self._suspects(flight, outcome):
             self._judge_decode(flight, first + i, int(flight.start[i]) + 1)
         self.rows += len(flight.slots)
+        if self.ledger.oracle is not None and outcome.logits is not None:
+            self._judge_logits(flight, self.ledger.oracle, outcome.logits)
+
+    def _judge_logits(self, flight: Flight, oracle: DecoderOracle, digests: UInt32[np.ndarray, " rows"]) -> None:
+        """O2: each token was drawn from the logits of its own request and position."""
+        plan, outcome = flight.plan, flight.outcome
+        assert outcome is not None
+        for row in np.flatnonzero((plan.samples == 1) & (outcome.token >= 0)).tolist():
+            request, position = int(plan.request[row]), int(plan.start[row] + plan.count[row])
+            expected = oracle.digest(request, position)
+            if expected is None:
+                continue
+            self.findings.counts["O2"].add(1, 1)
+            if int(digests[row]) != expected:
+                whose = oracle.whose_logits(int(digests[row]))
+                self.findings.breach(
+                    "O2",
+                    f"the token of request {request} at position {position} was drawn from other logits than those"
+                    " of a run by itself",
+                    requests=(request,),
+                    expected=f"logits with digest {expected:#010x}",
+                    found=f"digest {int(digests[row]):#010x}, {whose}",
+                )
 
     def settle_counts(self) -> None:
         """Move the bulk counter into the counters."""

@@ -7,6 +7,8 @@ from jaxtyping import UInt32
 from numpy import ndarray
 from numpy.typing import NDArray
 
+from invariants.decoder_oracle import DecoderOracle
+from invariants.device import Words
 from paged_attention import fingerprint
 from paged_attention.plan import Evidence, WrongPlace
 
@@ -38,8 +40,9 @@ class Decoder:
             fits = [d for d in self.dtypes if self._words(ids, place, d)[0].tolist() == words]
             self.dtypes = fits or self.dtypes
 
-    def matches(self, place: WrongPlace, ids: UInt32[ndarray, " ids"]) -> NDArray[np.intp]:
-        """Indices of the ids whose words are the found ones; a scale behind the words is left out."""
+    def matches(self, place: WrongPlace, tokens: NDArray[np.void]) -> NDArray[np.intp]:
+        """Indices of the tokens (entries of the shadow) whose words are the found ones; a scale is left out."""
+        ids = tokens["id"]
         found = np.array(place.found[: self.head_dim], np.uint64)
         for dtype in self.dtypes:
             hits = np.flatnonzero((self._words(ids, place, dtype).astype(np.uint64) == found).all(axis=1))
@@ -47,11 +50,35 @@ class Decoder:
                 return hits
         return np.zeros(0, np.intp)
 
-    def stream(self, place: WrongPlace, kv_id: int, kind: int, head: int) -> tuple[int, ...]:
+    def stream(self, place: WrongPlace, token: np.void, kind: int, head: int) -> tuple[int, ...]:
         """The words of the same layer's other stream or head for a token."""
-        salt, ids = self.salts[place.layer, kind, head], np.array([kv_id], np.uint32)
+        salt, ids = self.salts[place.layer, kind, head], np.array([token["id"]], np.uint32)
         return tuple(fingerprint.words(ids[:, None], salt, self.dtypes[0])[0].tolist())
 
-    def equals(self, place: WrongPlace, kv_id: int) -> bool:
-        """Whether the words found are those of `kv_id` (0: never written)."""
-        return len(self.matches(place, np.array([kv_id], np.uint32))) > 0
+    def equals(self, place: WrongPlace, token: np.void) -> bool:
+        """Whether the words found are those of `token` (id 0: never written)."""
+        return len(self.matches(place, np.array([token]))) > 0
+
+
+class OracleDecoder(Decoder):
+    """Turns raw words back into tokens by what the oracle wrote for them.
+
+    Tokens may share words: V of the first layer is a function of the token id alone.
+    """
+
+    def __init__(self, evidence: Evidence, oracle: DecoderOracle) -> None:
+        super().__init__(evidence)
+        self._oracle = oracle
+
+    def matches(self, place: WrongPlace, tokens: NDArray[np.void]) -> NDArray[np.intp]:
+        """See Decoder."""
+        written = self._oracle.words(tokens)[:, place.layer, KINDS.index(place.kind), place.head]
+        return np.flatnonzero((written == np.array(place.found, written.dtype)).all(axis=1))
+
+    def stream(self, place: WrongPlace, token: np.void, kind: int, head: int) -> tuple[int, ...]:
+        """See Decoder."""
+        return tuple(self._oracle.words(np.array([token]))[0, place.layer, kind, head].tolist())
+
+    def whole(self, words: Words, tokens: NDArray[np.void]) -> bool:
+        """Whether these words, axes (layers, 2, heads, head_dim), are in every layer those of one of the tokens."""
+        return bool((self._oracle.words(tokens) == words).all(axis=(1, 2, 3, 4)).any())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from backends.protocol import Backend, CacheSpec, DeviceSpec, ModelSpec
 from backends.registry import make_backend
 from invariants.auditor import AuditConfig, Auditor
+from invariants.decoder_oracle import DecoderOracle
 from sim.backend_wrapper import RowsOnly
 from sim.cores.protocol import CoreConfig, ServingCore
 from sim.cores.registry import core_factory
@@ -73,6 +74,13 @@ def cache_spec(scenario: Scenario) -> CacheSpec:
     )
 
 
+def model_spec(scenario: Scenario) -> ModelSpec:
+    """The model that the scenario asks for."""
+    model = scenario.model
+    eos = scenario.workload.end_by == "eos"
+    return ModelSpec(model.kind, model.vocab_size, model.lanes, model.query_heads or 0, model.seed, eos)
+
+
 def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
     """The opened backend, with its planted bug.
 
@@ -84,9 +92,8 @@ def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
         backend = RowsOnly(backend)
     if mutant is not None and mutant.backend is not None:
         backend = mutant.backend(backend)
-    model = ModelSpec(scenario.model.kind, scenario.model.vocab_size, scenario.model.lanes)
     try:
-        backend.open(cache_spec(scenario), model, DeviceSpec(settings.platform, dict(settings.mesh.items())))
+        backend.open(cache_spec(scenario), model_spec(scenario), DeviceSpec(settings.platform, dict(settings.mesh.items())))
     except ValueError as error:
         raise SetupError(f"backend: {error}") from error
     return backend
@@ -101,4 +108,7 @@ def build_auditor(scenario: Scenario, core: ServingCore) -> Auditor:
         device_every=settings.device_every,
         only=None if settings.only is None else frozenset(settings.only),
     )
-    return Auditor(core.policy, config, scenario.model.vocab_size)
+    oracle = None
+    if scenario.model.kind == "tiny":
+        oracle = DecoderOracle(model_spec(scenario).decoder(cache_spec(scenario)), scenario.cache.dtype)
+    return Auditor(core.policy, config, scenario.model.vocab_size, oracle)

@@ -115,7 +115,9 @@ def _run(
         try:
             recorder = Recorder(core.policy)
             events = EventLog(recorder)
-            log = PlanLogWriter(plan_log, core.policy, scenario.model.vocab_size, script.eos_position)
+            # A judge of plan logs knows the tokens of scripted models only.
+            vocab_size = None if scenario.model.kind == "tiny" else scenario.model.vocab_size
+            log = PlanLogWriter(plan_log, core.policy, vocab_size, script.eos_position)
             observers: list[Observer] = [events] if audit else []
             observers += [log] if plan_log is not None else []
             parts = Parts(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import Float32, Int32, UInt32
 
 from paged_attention.fingerprint import GOLDEN, kv_base, mix32
 from paged_attention.plan import ModelRows, Request, StepPlan
@@ -35,6 +35,7 @@ class RequestScript:
     def __init__(self, scenario: Scenario, make_prompt: PromptMaker) -> None:
         self._seed = scenario.seed
         self._vocab_size = scenario.model.vocab_size
+        self._draws = scenario.model.kind == "tiny"
         self._workload = scenario.workload
         cache = scenario.cache
         self._longest = min(cache.max_sequence_length, (cache.num_pages - 1) * cache.page_size)
@@ -42,18 +43,20 @@ class RequestScript:
         self._bases: UInt32[np.ndarray, " capacity"] = np.zeros(0, np.uint32)
         self._seeds: UInt32[np.ndarray, " capacity"] = np.zeros(0, np.uint32)
         self._eos_position: Int32[np.ndarray, " capacity"] = np.zeros(0, np.int32)
+        self._temperature: Float32[np.ndarray, " capacity"] = np.zeros(0, np.float32)
+        self._top_p: Float32[np.ndarray, " capacity"] = np.zeros(0, np.float32)
 
     def request(self, arrival: Arrival) -> Request:
         """The request of an arrival.
 
-        Where outputs end by EOS, the token at position prompt + output - 1 is an EOS, and max_tokens leaves room up to
+        Where outputs end by EOS, and the model does not draw it itself, the token at position prompt + output - 1 is an EOS, and max_tokens leaves room up to
         the longest sequence that fits; else max_tokens ends the output.
         """
         self._reserve(arrival.request)
         max_tokens = arrival.output_tokens
         if arrival.eos_after:
             self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.eos_after - 1
-        elif self._workload.end_by == "eos":
+        elif self._workload.end_by == "eos" and not self._draws:
             self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.output_tokens - 1
             max_tokens = max(max_tokens, self._longest - arrival.prompt_tokens + 1)
         prompt = self._make_prompt(self._seed, arrival.request, arrival.prompt_tokens, self._vocab_size)
@@ -61,8 +64,8 @@ class RequestScript:
             id=arrival.request,
             prompt=prompt,
             max_tokens=max_tokens,
-            temperature=self._workload.temperature,
-            top_p=self._workload.top_p,
+            temperature=float(self._temperature[arrival.request]),
+            top_p=float(self._top_p[arrival.request]),
             seed=int(self._seeds[arrival.request]),
         )
 
@@ -78,7 +81,10 @@ class RequestScript:
             bases = self._bases.take(request)
         else:
             bases = kv_base(request, plan.admission)
-        return ModelRows(bases, self._seeds.take(request), self._eos_position.take(request))
+        seeds, eos = self._seeds.take(request), self._eos_position.take(request)
+        if self._draws:
+            return ModelRows(bases, seeds, eos, self._temperature.take(request), self._top_p.take(request))
+        return ModelRows(bases, seeds, eos)
 
     def _reserve(self, request: int) -> None:
         while request >= len(self._bases):
@@ -86,3 +92,12 @@ class RequestScript:
             self._bases = np.concatenate((self._bases, kv_base(ids, np.ones_like(ids))))
             self._seeds = np.concatenate((self._seeds, request_seeds(self._seed, ids)))
             self._eos_position = np.concatenate((self._eos_position, np.full(len(ids), NO_EOS, np.int32)))
+            settings = self._workload
+            self._temperature = np.concatenate((self._temperature, self._choices(settings.temperature, 1, ids)))
+            self._top_p = np.concatenate((self._top_p, self._choices(settings.top_p, 2, ids)))
+
+    def _choices(self, some: float | tuple[float, ...], stream: int, ids: Any) -> Float32[np.ndarray, " requests"]:
+        """One value for each request id, a function of the scenario seed and the id alone."""
+        values = np.atleast_1d(np.array(some, np.float32))
+        drawn = mix32(request_seeds(self._seed, ids) ^ np.uint32(stream * GOLDEN & 0xFFFFFFFF))
+        return values[drawn % len(values)]

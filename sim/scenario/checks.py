@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from invariants.catalogue import CATALOGUE
+from paged_attention.decoder_spec import EXACT_DTYPES, MAX_POSITIONS, MAX_VOCAB
 from sim.scenario.memory import GIB, host_bytes, physical_memory
 from sim.scenario.workload_models import ConcurrentArrivals, ScriptedArrivals, StagedArrivals, TraceArrivals, shortest
 
@@ -45,6 +46,38 @@ def _devices(scenario: Scenario) -> Iterator[Problem]:
 def _model(scenario: Scenario) -> Iterator[Problem]:
     if scenario.model.lanes > scenario.cache.head_dim:
         yield ("model", "lanes"), f"{scenario.model.lanes} lanes, but cache.head_dim is {scenario.cache.head_dim}"
+    if scenario.model.kind == "tiny":
+        yield from _decoder(scenario)
+    elif scenario.model.query_heads is not None:
+        yield ("model", "query_heads"), f"the model '{scenario.model.kind}' has none; only kind tiny has"
+
+
+def _decoder(scenario: Scenario) -> Iterator[Problem]:
+    """What the tiny decoder cannot do, or not exactly (paged_attention.decoder_spec)."""
+    cache, model, arrivals = scenario.cache, scenario.model, scenario.workload.arrivals
+    if scenario.backend.kind == "none":
+        yield ("backend", "kind"), "none computes nothing, so it runs no tiny decoder; choose numpy or jax"
+    if cache.quantize:
+        yield ("cache", "quantize"), "the tiny decoder's K and V are compared bit for bit; quantised pages lose some"
+    elif cache.dtype not in EXACT_DTYPES:
+        known = ", ".join(EXACT_DTYPES)
+        yield ("cache", "dtype"), f"{cache.dtype} does not hold the tiny decoder's K and V without loss; {known} do"
+    if cache.head_dim % 2:
+        yield ("cache", "head_dim"), f"the tiny decoder turns pairs of lanes: {cache.head_dim} is odd"
+    if cache.max_sequence_length > MAX_POSITIONS:
+        yield ("cache", "max_sequence_length"), f"the tiny decoder is exact up to {MAX_POSITIONS} positions"
+    if model.query_heads is not None and model.query_heads % cache.kv_heads:
+        yield ("model", "query_heads"), f"{model.query_heads} cannot share cache.kv_heads {cache.kv_heads} evenly"
+    if not 4 <= model.vocab_size <= MAX_VOCAB:
+        yield (
+            ("model", "vocab_size"),
+            f"the tiny decoder knows 4 to {MAX_VOCAB} tokens, found {model.vocab_size}; set it to 64, say",
+        )
+    if isinstance(arrivals, ScriptedArrivals):
+        for index, request in enumerate(arrivals.requests):
+            if request.eos_after is not None:
+                key = ("workload", "arrivals", "requests", index, "eos_after")
+                yield key, "the tiny decoder draws its EOS itself; see workload.end_by"
 
 
 def _workload(scenario: Scenario) -> Iterator[Problem]:

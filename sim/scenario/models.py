@@ -88,15 +88,20 @@ class BackendSettings(Section):
 
 
 class ModelSettings(Section):
-    """The scripted model that turns K/V into tokens."""
+    """The model that turns K/V into tokens."""
 
-    kind: Literal["reader", "echo"] = Field(
-        default="reader", description="reader reads through the device's page table what was written; echo nothing."
+    kind: Literal["reader", "echo", "tiny"] = Field(
+        default="reader",
+        description="reader reads through the device's page table what was written; echo nothing; tiny is a decoder.",
     )
     vocab_size: Annotated[int, Field(ge=2, le=MAX_COUNT), WHOLE] = Field(
         default=32_000, description="Token ids, EOS (0) included."
     )
     lanes: Count = Field(default=1, description="Words of each position that the reader compares.")
+    query_heads: Count | None = Field(
+        default=None, description="Query heads of the tiny decoder; null: twice cache.kv_heads."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32), WHOLE] = Field(default=0, description="Of the tiny decoder's weights.")
 
 
 class FixedCost(Section):
@@ -273,7 +278,7 @@ class Scenario(Section):
     cache: CacheSettings = Field(description="The KV cache.")
     backend: BackendSettings = Field(default_factory=BackendSettings, description="Where the steps run.")
     workload: WorkloadSettings = Field(description="Who asks for what, and when.")
-    model: ModelSettings = Field(default_factory=ModelSettings, description="The scripted model.")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="The model.")
     cost: CostSettings = Field(description="How long a step takes in simulated time.")
     faults: Annotated[tuple[Fault, ...], Field(strict=False)] = Field(
         default=(), description="What goes wrong on purpose outside the core."

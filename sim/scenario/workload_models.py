@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from sim.scenario.base import WHOLE, Count, Index, Rate, Section
 
@@ -150,6 +150,25 @@ Tokens = Annotated[
 ]
 
 
+def _one_or_some(value: Any) -> str | None:
+    if isinstance(value, list | tuple):
+        return "some"
+    return "one" if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+T = TypeVar("T")
+OneOrSome = Annotated[
+    Annotated[T, Tag("one")] | Annotated[tuple[T, ...], Field(strict=False, min_length=1), Tag("some")],
+    Discriminator(
+        _one_or_some,
+        custom_error_type="one_or_some",
+        custom_error_message="expected a number or a list of numbers",
+    ),
+]
+Temperature = Annotated[float, Field(ge=0.0, le=100.0)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
 class WorkloadSettings(Section):
     """Who asks for what, and when."""
 
@@ -162,14 +181,19 @@ class WorkloadSettings(Section):
     end_by: Literal["max_tokens", "eos"] = Field(
         default="max_tokens",
         description="What ends an output after its drawn length: the request's max_tokens, or an EOS token in its last "
-        "place (max_tokens is then larger, and the host learns of the end `lag` steps late).",
+        "place (max_tokens is then larger, and the host learns of the end `lag` steps late). A decoder (model.kind tiny) "
+        "draws its EOS itself, within the drawn length; with max_tokens it never draws one.",
     )
     too_long: Literal["reject", "clip"] = Field(
         default="reject",
         description="Requests that can never fit: left to the core's refusal, or cut to what fits before submission.",
     )
-    temperature: float = Field(default=0.0, ge=0.0, le=100.0, description="Sampling temperature; 0: greedy.")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling threshold.")
+    temperature: OneOrSome[Temperature] = Field(
+        default=0.0, description="Sampling temperature, 0: greedy; or a list, from which each request draws one."
+    )
+    top_p: OneOrSome[TopP] = Field(
+        default=1.0, description="Nucleus sampling threshold; or a list, from which each request draws one."
+    )
 
 
 def shortest(tokens: Tokens) -> int:

@@ -79,7 +79,7 @@ def native_step(
     meta, params = model_input.attn_meta, model_input.sampling_params
     seed = jnp.atleast_1d(params.seed).astype(jnp.uint32)
     base = lax.bitcast_convert_type(facts[0], jnp.uint32)
-    fed = Fed(model_input.input_ids, params)
+    fed = Fed(jnp.asarray(model_input.input_ids), params)
     pools, sampled = model.step(pools, meta, RowFacts(base, seed, facts[1], facts[2] != 0), fed)
     output = ModelIOProcessor.prepare_model_output(sampled.token, sampled.complete, meta, params)
     feed_back(batch, output)
@@ -187,9 +187,7 @@ def rows_step(
     if packed.shape[0] > first_decode:
         meta = meta.replace(decodes_position=position[first_decode:], decodes_page_table=packed[first_decode:, _TABLE:])
     base, seed = (lax.bitcast_convert_type(packed[:, column], jnp.uint32) for column in (_BASE, _SEED))
-    temperature, top_p = (
-        lax.bitcast_convert_type(packed[:, column], jnp.float32) for column in (_TEMPERATURE, _TOP_P)
-    )
+    temperature, top_p = (lax.bitcast_convert_type(packed[:, column], jnp.float32) for column in (_TEMPERATURE, _TOP_P))
     params = SamplingParams(top_p=top_p, temperature=temperature, seed=seed)
     token = packed[first_decode:, _TOKEN]
     fed = Fed(token if chunk is None else jnp.concatenate([chunk, token]), params)

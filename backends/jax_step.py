@@ -128,9 +128,7 @@ class PagedModel:
         """The cache views over these arrays."""
         return self.cache_tree.unflatten(pools).views
 
-    def step(
-        self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed
-    ) -> tuple[Pools, Sampled]:
+    def step(self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed) -> tuple[Pools, Sampled]:
         """Write the K/V of every row of `attn_meta`, then read and sample; `facts` has a row for each of its rows."""
         raise NotImplementedError
 
@@ -148,9 +146,7 @@ class ScriptedModel(PagedModel):
         reader = PageReader(self.layout, self.dtype, geometry, self.model.lanes, self.tile_pages)
         object.__setattr__(self, "reader", reader)
 
-    def step(
-        self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed
-    ) -> tuple[Pools, Sampled]:
+    def step(self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed) -> tuple[Pools, Sampled]:
         """See PagedModel."""
         views = self.views(pools)
         prefill, decodes = parts_of(attn_meta)

@@ -50,9 +50,7 @@ class DecoderModel(PagedModel):
         object.__setattr__(self, "spec", self.model.decoder(self.cache))
         object.__setattr__(self, "weights", make_weights(self.spec))
 
-    def step(
-        self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed
-    ) -> tuple[Pools, Sampled]:
+    def step(self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed) -> tuple[Pools, Sampled]:
         """See PagedModel."""
         prefill, decodes = parts_of(attn_meta)
         views = self.views(pools)
@@ -64,7 +62,9 @@ class DecoderModel(PagedModel):
             opened = jnp.asarray(SILU)[jnp.clip((n @ weights.gate) >> 5, -128, 127) + 128]
             x = _bounded(x + ((((opened * ((n @ weights.up) >> 5)) >> 4) @ weights.down) >> 6))
         logits = self._logits(x[sampled_rows(attn_meta)])
-        return tuple(jax.tree.leaves(views)), self._sample(logits, sampled_positions(attn_meta), facts, fed)
+        return tuple(jax.tree.leaves(views)), self._sample(
+            logits, jnp.asarray(sampled_positions(attn_meta)), facts, fed
+        )
 
     def _attention(
         self, view: PagedAttentionCacheView, weights: LayerWeights, x: Int32[Array, "tokens hidden"], *parts: Any
@@ -154,12 +154,10 @@ def _norm(x: Int32[Array, "tokens hidden"], gain: Any) -> Int32[Array, "tokens h
 
 
 def _isqrt(square: Int32[Array, "..."]) -> Int32[Array, "..."]:
-    """The whole part of the square root of numbers below 2**24, bit by bit."""
-    root = jnp.zeros_like(square)
-    for bit in reversed(range(12)):
-        higher = root + (1 << bit)
-        root = jnp.where(higher * higher <= square, higher, root)
-    return root
+    """The whole part of the square root of numbers below 2**24: wherever that of float32 rounds to, it is set right."""
+    root = jnp.sqrt(square.astype(jnp.float32)).astype(jnp.int32)
+    root -= root * root > square
+    return root + ((root + 1) * (root + 1) <= square)
 
 
 def _bounded(x: Int32[Array, "tokens hidden"]) -> Int32[Array, "tokens hidden"]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import Float32, Int32, UInt32
 
+from backends.fed_tokens import FedTokens
 from backends.none import DoneStep
-from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
+from backends.numpy_tiny import PlainDecoder
+from backends.protocol import CacheSpec, DeviceSpec, ModelSpec, Words
 from backends.words import (
     KINDS,
     check_places,
     check_plan,
+    differing,
     lane_words,
     poison_scale,
     poison_word,
@@ -22,7 +25,7 @@ from backends.words import (
     scale_bits,
     stored_dtype,
 )
-from paged_attention.fingerprint import WORD_MASK, kv_id, salts, token, words
+from paged_attention.fingerprint import WORD_MASK, kv_id, logits_digest, salts, token, words
 from paged_attention.plan import (
     EOS_TOKEN,
     UNKNOWN_TOKEN,
@@ -35,6 +38,7 @@ from paged_attention.plan import (
     StepPlan,
     WrongPlace,
 )
+from paged_attention.sampling import SamplingParams, sample
 
 
 class NumpyBackend:
@@ -53,6 +57,8 @@ class NumpyBackend:
         self._scales = np.zeros(places if cache.quantize else (0,), np.float32)
         self._num_table_pages = -(-cache.max_sequence_length // cache.page_size)
         self._ended: set[tuple[int, int]] = set()
+        self._decoder = PlainDecoder(model.decoder(cache)) if model.kind == "tiny" else None
+        self._fed = FedTokens()
         self._clear_slots()
 
     def execute(self, plan: StepPlan, rows: ModelRows) -> DoneStep:
@@ -62,13 +68,17 @@ class NumpyBackend:
         token, eos = np.full(plan.num_rows, UNKNOWN_TOKEN, np.int32), np.zeros(plan.num_rows, np.int32)
         admissions = list(zip(plan.request.tolist(), plan.admission.tolist(), strict=True))
         alive = [row for row, admission in enumerate(admissions) if admission not in self._ended]
-        for row in alive:
+        logits = self._feed(plan, alive) if self._decoder is not None else {}
+        for row in alive if self._decoder is None else ():
             self._write(plan, rows, row)
         for row in range(plan.num_rows):
             self._note_slot(plan, row, -1)
         for row in alive:
             end = int(plan.start[row] + plan.count[row])
-            if plan.samples[row]:
+            if plan.samples[row] and row in logits:
+                token[row] = self._draw(logits[row], rows, row, end)
+                eos[row] = token[row] == EOS_TOKEN
+            elif plan.samples[row]:
                 token[row], eos[row] = self._sample(plan, rows, row, end)
             if eos[row]:
                 self._ended.add(admissions[row])
@@ -76,7 +86,43 @@ class NumpyBackend:
                 self._note_slot(plan, row, end)
         token.setflags(write=False)
         eos.setflags(write=False)
-        return DoneStep(StepOutcome(plan.step, token, eos))
+        if self._decoder is None:
+            return DoneStep(StepOutcome(plan.step, token, eos))
+        digests = np.zeros(plan.num_rows, np.uint32)
+        for row, found in logits.items():
+            digests[row] = logits_digest(found)
+        outcome = StepOutcome(plan.step, token, eos, digests)
+        self._fed.note(plan, outcome)
+        return DoneStep(outcome)
+
+    def _feed(self, plan: StepPlan, alive: list[int]) -> dict[int, Float32[np.ndarray, " vocab"]]:
+        """Run the decoder over every position of the rows; the logits behind each row's last one."""
+        tokens = np.split(self._fed.tokens(plan), plan.count.cumsum()[:-1])
+        return {row: self._feed_row(plan, row, tokens[row]) for row in alive}
+
+    def _feed_row(self, plan: StepPlan, row: int, tokens: Int32[np.ndarray, " fed"]) -> Float32[np.ndarray, " vocab"]:
+        assert self._decoder is not None
+        pages, size, kind = self._table_row(plan, row), self._cache.page_size, np.dtype(self._cache.dtype)
+        logits = np.zeros(0, np.float32)
+        for position, fed in enumerate(tokens.tolist(), int(plan.start[row])):
+            upto = np.arange(position + 1)
+            page, offset = pages[upto // size], upto % size
+
+            def write(layer: int, key: Any, value: Any, page: Any = page, offset: Any = offset) -> None:
+                vectors = np.stack([key, value]).astype(np.float32).astype(kind)
+                self._words[layer, :, :, page[-1], offset[-1]] = vectors.view(self._words.dtype)
+
+            def read(layer: int, page: Any = page, offset: Any = offset) -> tuple[Any, Any]:
+                held = self._words[layer].view(kind)[:, :, page, offset].astype(np.float32).astype(np.int64)
+                return held[0].swapaxes(0, 1), held[1].swapaxes(0, 1)
+
+            logits = self._decoder.logits(fed, position, write, read)
+        return logits
+
+    def _draw(self, logits: Float32[np.ndarray, " vocab"], rows: ModelRows, row: int, end: int) -> int:
+        only = slice(row, row + 1)
+        params = SamplingParams(top_p=rows.top_p[only], temperature=rows.temperature[only], seed=rows.token_seed[only])
+        return int(sample(logits[None], params, np.array([end], np.int32))[0])
 
     def _table_row(self, plan: StepPlan, row: int) -> Int32[np.ndarray, " pages"]:
         pages = np.zeros(self._num_table_pages, np.int32)
@@ -156,6 +202,12 @@ class NumpyBackend:
                 if len(wrong) == limit:
                     return tuple(wrong)
         return tuple(wrong)
+
+    def verify_words(self, pages: Ints, offsets: Ints, words: Words, limit: int = 8) -> tuple[WrongPlace, ...]:
+        """The first wrong places, in the same order."""
+        check_places(pages, offsets, self._cache)
+        found = np.moveaxis(self._words[:, :, :, pages, offsets], 3, 0)
+        return tuple(differing(found, words, pages, offsets, limit))
 
     def poison(self, pages: Ints, how: Literal["nan", "big"]) -> None:
         """Overwrite whole pages."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from jaxtyping import UInt32, UInt
+from jaxtyping import UInt, UInt32
 from numpy import ndarray
 
 from paged_attention.decoder_spec import EXACT_DTYPES, DecoderSpec
@@ -66,7 +66,9 @@ class ModelSpec:
         """The decoder over such a cache. ValueError: it would not be exact, or makes no sense."""
         if cache.quantize or cache.dtype not in EXACT_DTYPES:
             what = "a quantised cache" if cache.quantize else f"dtype {cache.dtype!r}"
-            raise ValueError(f"the decoder's K and V fit without loss into {', '.join(EXACT_DTYPES)} only: found {what}")
+            raise ValueError(
+                f"the decoder's K and V fit without loss into {', '.join(EXACT_DTYPES)} only: found {what}"
+            )
         return DecoderSpec(
             layers=cache.layers,
             query_heads=self.query_heads or 2 * cache.kv_heads,
@@ -124,9 +126,7 @@ class Backend(Protocol):
         """Compare places with the fingerprints of `kv_ids` (0: never written, all words zero); the first wrong ones."""
         ...
 
-    def verify_words(
-        self, pages: Ints, offsets: Ints, words: Words, limit: int = 8
-    ) -> tuple[WrongPlace, ...]:
+    def verify_words(self, pages: Ints, offsets: Ints, words: Words, limit: int = 8) -> tuple[WrongPlace, ...]:
         """The same with the raw words themselves, which K/V that is no fingerprint is compared with."""
         ...
 

@@ -81,7 +81,8 @@ def scale_bits(ids: Any, vector_salts: Any, xp: ModuleType = np) -> Any:
 def differing(found: Words, expected: Words, pages: Ints, offsets: Ints, limit: int) -> list[WrongPlace]:
     """The first places where words differ, by place, then layer, K before V, then head."""
     wrong: list[WrongPlace] = []
-    for place, layer, kind, head in np.argwhere((found != expected).any(axis=-1))[:limit].tolist():
+    first: list[list[int]] = np.argwhere((found != expected).any(axis=-1))[:limit].tolist()
+    for place, layer, kind, head in first:
         held, wanted = (tuple(array[place, layer, kind, head].tolist()) for array in (found, expected))
         wrong.append(WrongPlace(layer, KINDS[kind], head, int(pages[place]), int(offsets[place]), held, wanted))
     return wrong

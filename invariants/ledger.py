@@ -25,9 +25,7 @@ from paged_attention.plan import EOS_TOKEN, DeclaredPolicy, Request
 class Ledger:
     """The shadow state. Every method changes the books in one documented way."""
 
-    def __init__(
-        self, policy: DeclaredPolicy, vocab_size: int | None, oracle: DecoderOracle | None = None
-    ) -> None:
+    def __init__(self, policy: DeclaredPolicy, vocab_size: int | None, oracle: DecoderOracle | None = None) -> None:
         """`oracle` knows the tokens of a decoder; without one they are those of the scripted models."""
         self.oracle = oracle
         slots, self.page_size = policy.batch_size, policy.page_size

@@ -106,6 +106,8 @@ def sample(
 _COARSE = np.round(2.0**16 * 2.0 ** (-np.arange(256) / 2**8)).clip(max=2**16 - 1).astype(np.uint32)
 _FINE = np.round(2.0**16 * 2.0 ** (-np.arange(256) / 2**16)).clip(max=2**16 - 1).astype(np.uint32)
 
+_POWERS = np.uint32(2) ** np.arange(13, 32, dtype=np.uint32)
+
 
 def _weights(below: Any, temperature: Any, xp: ModuleType) -> Any:
     """exp(-below / temperature) as uint32 of a scale common to each row, whose sum stays below 2**31.
@@ -122,7 +124,7 @@ def _weights(below: Any, temperature: Any, xp: ModuleType) -> Any:
     weight = xp.where(shift < 32, part >> xp.minimum(shift, xp.uint32(31)), xp.uint32(0))
     # The sum is less than 2**18 times this one, which fits for vocabularies of up to 2**17 tokens.
     upper = xp.sum(weight >> xp.uint32(18), axis=1, keepdims=True, dtype=xp.uint32) + xp.uint32(weight.shape[1])
-    scale = sum((upper >> xp.uint32(bit) > 0).astype(xp.uint32) for bit in range(13, 32))
+    scale = (upper >= _POWERS).sum(axis=1, keepdims=True).astype(xp.uint32)
     return weight >> scale
 
 

@@ -93,7 +93,9 @@ def open_backend(scenario: Scenario, mutant: Mutant | None = None) -> Backend:
     if mutant is not None and mutant.backend is not None:
         backend = mutant.backend(backend)
     try:
-        backend.open(cache_spec(scenario), model_spec(scenario), DeviceSpec(settings.platform, dict(settings.mesh.items())))
+        backend.open(
+            cache_spec(scenario), model_spec(scenario), DeviceSpec(settings.platform, dict(settings.mesh.items()))
+        )
     except ValueError as error:
         raise SetupError(f"backend: {error}") from error
     return backend

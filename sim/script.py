@@ -49,8 +49,8 @@ class RequestScript:
     def request(self, arrival: Arrival) -> Request:
         """The request of an arrival.
 
-        Where outputs end by EOS, and the model does not draw it itself, the token at position prompt + output - 1 is an EOS, and max_tokens leaves room up to
-        the longest sequence that fits; else max_tokens ends the output.
+        Where outputs end by EOS, the token at position prompt + output - 1 is one, and max_tokens leaves room up to the
+        longest sequence that fits; else max_tokens ends the output. A decoder draws its EOS itself, and earlier.
         """
         self._reserve(arrival.request)
         max_tokens = arrival.output_tokens

@@ -181,8 +181,8 @@ class WorkloadSettings(Section):
     end_by: Literal["max_tokens", "eos"] = Field(
         default="max_tokens",
         description="What ends an output after its drawn length: the request's max_tokens, or an EOS token in its last "
-        "place (max_tokens is then larger, and the host learns of the end `lag` steps late). A decoder (model.kind tiny) "
-        "draws its EOS itself, within the drawn length; with max_tokens it never draws one.",
+        "place (max_tokens is then larger, and the host learns of the end `lag` steps late). The tiny decoder draws "
+        "its EOS itself, within the drawn length; with max_tokens it never draws one.",
     )
     too_long: Literal["reject", "clip"] = Field(
         default="reject",

@@ -93,7 +93,7 @@ def test_every_active_invariant_is_really_tested_in_a_busy_run():
     world.drain()
     counters = world.auditor.counters()
     assert world.found == []
-    assert set(counters) == select(None, "always")
+    assert set(counters) == select(None, "always") - {"O2"}  # which needs a decoder
     assert [name for name, c in counters.items() if not c["nontrivial"]] == []
     assert all(c["violated"] == 0 <= c["nontrivial"] <= c["checked"] for c in counters.values())
 

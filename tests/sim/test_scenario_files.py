@@ -29,6 +29,7 @@ NAMES = {
     "code-completion-azure-shaped",
     "mooncake-shaped",
     "sharded-8",
+    "tiny-decoder",
     "must-fail-delayed-release",
     "must-fail-double-allocation",
     "must-fail-wrong-offset",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from invariants.buffers import shard_fault
 from invariants.codec import codec_fault
+from invariants.contents import PLACE
 from invariants.owners import Decoder
 from invariants.series import BLOCK, SeriesLog
 from paged_attention.fingerprint import WORD_MASK, salts, words
@@ -21,6 +22,10 @@ def decoder_for(dtype):
     page = np.zeros((LAYERS, HEADS, 1, 4, DIM), WORD_MASK[dtype][0])
     none = np.zeros(0, np.int32)
     return Decoder(Evidence(none, none, np.zeros((0, 1), np.int32), none, page, page))
+
+
+def token_of(kv_id):
+    return np.array([(kv_id, 5, 1, 0)], PLACE)[0]
 
 
 def held(kv_id, layer, kind, head, dtype):
@@ -41,7 +46,7 @@ def test_another_stream_or_head_of_the_same_token_is_named(kv_id, dtype, kind, h
     if (kind, head) == (0, 2):
         return
     wrong, decoder = place_with(held(kv_id, 1, kind, head, dtype).tolist(), kv_id, dtype)
-    assert codec_fault(wrong, kv_id, decoder) == f"the {'KV'[kind]} words of head {head} of the same token"
+    assert codec_fault(wrong, token_of(kv_id), decoder) == f"the {'KV'[kind]} words of head {head} of the same token"
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,24 +54,24 @@ def test_another_stream_or_head_of_the_same_token_is_named(kv_id, dtype, kind, h
 def test_another_tokens_words_and_nothing_at_all_are_no_codec_fault(kv_id, other, dtype):
     if other != kv_id:
         wrong, decoder = place_with(held(other, 1, 0, 2, dtype).tolist(), kv_id, dtype)
-        assert codec_fault(wrong, kv_id, decoder) == ""
+        assert codec_fault(wrong, token_of(kv_id), decoder) == ""
     wrong, decoder = place_with([0] * DIM, kv_id, dtype)
-    assert codec_fault(wrong, kv_id, decoder) == ""
-    assert codec_fault(wrong, 0, decoder) == ""
+    assert codec_fault(wrong, token_of(kv_id), decoder) == ""
+    assert codec_fault(wrong, token_of(0), decoder) == ""
 
 
 def test_right_values_under_a_wrong_scale_are_named():
     half = int(np.float32(0.5).view(np.uint32))
     values = held(77, 1, 0, 2, "int8").tolist()
     wrong, decoder = place_with(values, 77, "int8", ((half,), (ONE,)))
-    assert codec_fault(wrong, 77, decoder) == "the right values under scale 0.5, not 1.0"
+    assert codec_fault(wrong, token_of(77), decoder) == "the right values under scale 0.5, not 1.0"
 
 
 def test_an_int8_value_that_was_rounded_down_is_named():
     values = held(77, 1, 0, 2, "int8").view(np.int8)
     lower = np.where(values > 0, values - 1, values).astype(np.int8).view(np.uint8).tolist()
     wrong, decoder = place_with(lower, 77, "int8", ((ONE,), (ONE,)))
-    assert codec_fault(wrong, 77, decoder) == "its own values, rounded another way"
+    assert codec_fault(wrong, token_of(77), decoder) == "its own values, rounded another way"
 
 
 @pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
@@ -77,12 +82,12 @@ def test_values_that_passed_through_a_narrower_type_are_named(narrow):
     with np.errstate(over="ignore"):
         found = right.astype(getattr(ml_dtypes, narrow, narrow)).astype(np.float32).view(np.uint32).tolist()
     wrong, decoder = place_with(found, 77, "float32")
-    assert codec_fault(wrong, 77, decoder) == f"its own values rounded to {narrow}"
+    assert codec_fault(wrong, token_of(77), decoder) == f"its own values rounded to {narrow}"
 
 
 def test_lanes_in_another_order_are_named():
     wrong, decoder = place_with(held(77, 1, 0, 2, "bfloat16")[::-1].tolist(), 77, "bfloat16")
-    assert codec_fault(wrong, 77, decoder) == "its own words in another order of lanes"
+    assert codec_fault(wrong, token_of(77), decoder) == "its own words in another order of lanes"
 
 
 @st.composite

@@ -31,7 +31,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KS02",
         "What an abandoned step was to tell the device is forgotten.",
-        ("T1", "K1"),
+        ("K3", "K1", "T1"),
         where="device",
         edits=(Edit(f"{_PLANNING}:take_back", "_keep_untold(books, flight)", "pass"),),
     ),
@@ -207,18 +207,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "KS18",
-        "A preemption starts the prefills' wait for decodes anew.",
-        ("S12",),
-        edits=(Edit(f"{_SCHEDULER}._commit", "if not draft.victims:", "if draft is not None:"),),
-    ),
-    Mutant(
-        "KS19",
         "Abandoning the last chunk of a prompt leaves it in line for a slot as well.",
         ("S7", "S6"),
         edits=(Edit(f"{_PLANNING}:_uncount_prefill", "books.prefilled.remove(sequence)", "pass"),),
     ),
     Mutant(
-        "KS20",
+        "KS19",
         "Abandoning a chunk does not take back its tokens, only its number.",
         ("S2",),
         edits=(
@@ -231,19 +225,19 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
-        "KS21",
+        "KS20",
         "Abandoning a step that yields a sequence's first token counts that token as planned.",
         ("S4", "S3", "O3"),
         edits=(Edit(f"{_PLANNING}:_uncount_prefill", "sequence.planned -= int(flight.plan.samples[0])", "pass"),),
     ),
     Mutant(
-        "KS22",
+        "KS21",
         "A cancelled request that was prefilled stays in line for a slot.",
         ("crash",),
         edits=(Edit(f"{_BOOKS}.leave", "self.scheduler.decodes_queue.remove(sequence.task)", "pass"),),
     ),
     Mutant(
-        "KS23",
+        "KS22",
         "Two errors that cancel out at lag 0: tokens are noted one place early in the history, and read from there.",
         ("S3",),
         edits=(
@@ -257,7 +251,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
-        "KS24",
+        "KS23",
         "Two errors that nearly cancel out: a request's need is one token too many, and its pages are rounded down.",
         ("S13",),
         edits=(
@@ -266,7 +260,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
-        "KS25",
+        "KS24",
         "Two errors that hide each other in most steps: a page too many at exact multiples, and growth one token late.",
         ("P6",),
         edits=(

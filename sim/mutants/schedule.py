@@ -186,6 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 _TAKE_FROM_ANYWHERE,
             ),
         ),
+        driver="host-decode-first",
     ),
     Mutant(
         "MS17",

@@ -44,7 +44,7 @@ def test_a_crowded_batch_shows_it_to_the_judge(name: str) -> None:
     assert {violation.id for violation in report.violations} & set(MUTANTS[name].caught_by)
 
 
-@pytest.mark.parametrize("driver", ["host-crowded", "host-refused"])
+@pytest.mark.parametrize("driver", ["host-crowded", "host-handover", "host-refused"])
 def test_the_unmodified_code_raises_no_alarm(driver: str) -> None:
     assert not run(load_scenario(GAUNTLET / f"{driver}.yaml")).violations
 

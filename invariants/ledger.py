@@ -2,6 +2,8 @@
 
 The ledger only follows; it judges nothing. It is built from effects, plans and outcomes alone. Rows of the decode batch
 are arrays over slots, so that a whole step is compared at once; what changes hands is kept in Python, event by event.
+A turn moves every running slot on by one token, so that `lead` = position - turn stands still while a slot runs, and
+what must happen to it at a position (its end, its next page) happens in a turn that is known beforehand.
 
     waiting -> prefill -> joining -> running -> draining -> (gone)
 
@@ -15,11 +17,15 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from invariants.calendar import Calendar
 from invariants.decoder_oracle import DecoderOracle
 from invariants.pool import Pool
 from invariants.records import Admission, Flight, Live
 from paged_attention import fingerprint
 from paged_attention.plan import EOS_TOKEN, DeclaredPolicy, Request
+
+_ONE = np.array(1, np.int32)
+"""NumPy converts a Python integer anew at each use, which costs more than the addition."""
 
 
 class Ledger:
@@ -49,18 +55,33 @@ class Ledger:
         self.active = np.zeros(slots, np.int32)
         self.request = np.full(slots, -1, np.int32)
         self.admission = np.zeros(slots, np.int32)
-        self.position = np.zeros(slots, np.int32)
-        self.last = np.full(slots, -1, np.int32)
+        self.turn = 0
+        self.lead = np.zeros(slots, np.int32)
+        """c(r) - turn of a slot that runs, c(r) of any other."""
+        self.ends = Calendar()
+        """When a running slot has had its last row."""
+        self.full = Calendar()
+        """When the pages of a running slot are full: at its next row it needs another one."""
+        self.odd_sizes = False
+        """In the plan at hand a slot was given pages that its next row does not need."""
         self.num_pages = np.zeros(slots, np.int32)
+        self.newest_page = np.zeros(slots, np.int32)
         self.eos = np.full(slots, -1, np.int32)
         self.table = np.zeros((slots, max(width, 1)), np.int32)
         # Lazily backed by the system: only rows that are used cost memory.
         self.tokens = np.zeros((slots, policy.max_sequence_length + 2), np.int32)
         self.flat_tokens = self.tokens.reshape(-1)
-        # Where the next fed token of each slot lies in flat_tokens: a second view of `position`, moved with it.
-        self.cursor = np.zeros(slots, np.int64)
+        self.flat_table = self.table.reshape(-1)
         self.running = np.zeros(0, np.intp)
         self.running_key = (b"", b"", b"")
+        self.start = np.zeros(0, np.int32)
+        """The position of each running slot."""
+        self.at = np.zeros(0, np.int64)
+        """Where in flat_tokens the token lies that the next row of each running slot yields."""
+        self.fed_at = self.at
+        """Where the one lies that it is fed."""
+        self.seen: tuple[NDArray[np.int64], bytes] = (self.at, b"")
+        """The newest outcome that was as expected: where its tokens lie, and what they are."""
         self.joins = 0
         """How often any slot was taken: while it stands still, slots keep their occupants' rows."""
         self._stale = False
@@ -69,7 +90,11 @@ class Ledger:
 
     def computed(self, admission: Admission) -> int:
         """c(r): tokens of the admission with K/V, steps in flight included."""
-        return int(self.position[admission.slot]) if admission.slot >= 0 else admission.position
+        return self.position_of(admission.slot) if admission.slot >= 0 else admission.position
+
+    def position_of(self, slot: int) -> int:
+        """c(r) of whoever holds the slot."""
+        return self.lead.item(slot) + (self.turn if self.active.item(slot) else 0)
 
     def known_tokens(self, live: Live) -> int:
         """Tokens that exist (prompt and sampled), steps in flight included."""
@@ -109,22 +134,57 @@ class Ledger:
             self.running = self.active.nonzero()[0]
             self.running_key = (
                 self.running.astype(np.int32).tobytes(),
-                self.request[self.running].tobytes(),
-                self.admission[self.running].tobytes(),
+                self.request.take(self.running).tobytes(),
+                self.admission.take(self.running).tobytes(),
             )
+            self.start = self.lead.take(self.running) + np.array(self.turn, np.int32)
+            self.at = self.place_of(self.running, self.start)
+            self.fed_at = self.at - 1
             self._stale = False
+
+    def place_of(self, slots: NDArray[np.intp], start: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Where in flat_tokens the tokens lie that rows at `start` yield."""
+        return slots * self.tokens.shape[1] + start + 1
 
     # ---- following
 
     def move(self, slot: int, position: int) -> None:
         """The sequence in a slot stands at `position`."""
-        self.position[slot] = position
-        self.cursor[slot] = slot * self.tokens.shape[1] + position
+        self.lead[slot] = position
+        if self.active.item(slot):
+            self.run(slot, position)
+
+    def run(self, slot: int, position: int) -> None:
+        """The sequence in a slot runs from `position` on."""
+        live = self.occupant[slot]
+        assert live is not None
+        self.active[slot] = 1
+        self.lead[slot] = lead = position - self.turn
+        self.ends.note(slot, live.last - lead)
+        self._note_full(slot, self.num_pages.item(slot))
+        self._stale = True
+
+    def halt(self, slot: int) -> None:
+        """The sequence in a slot runs no further."""
+        self.lead[slot] = self.position_of(slot)
+        self.active[slot] = 0
+        self.ends.drop(slot)
+        self.full.drop(slot)
+        self._stale = True
+
+    def _note_full(self, slot: int, pages: int) -> None:
+        turn = pages * self.page_size - self.lead.item(slot)
+        if not self.turn <= turn <= self.turn + self.page_size:
+            self.odd_sizes = True
+        # Whoever lacks a page already lacks it in each turn that comes.
+        self.full.note(slot, max(turn, self.turn))
 
     def advance(self) -> None:
         """Every running sequence is one token further."""
-        self.position += self.active
-        self.cursor += self.active
+        for slot in tuple(self.full.due(self.turn)):
+            self.full.note(slot, self.turn + 1)
+        self.turn += 1
+        self.start, self.fed_at, self.at = self.start + _ONE, self.at, self.at + _ONE
 
     def submit(self, request: Request, now_ns: int) -> Live:
         """Put a new request at the tail of the waiting queue."""
@@ -179,31 +239,34 @@ class Ledger:
             self.num_free_slots -= 1
         self.occupant[slot] = live
         live.state = "running"
-        position, admission.slot = admission.position, slot
+        admission.slot = slot
         self.joins += 1
-        self.move(slot, position)
-        self.request[slot], self.admission[slot], self.last[slot] = live.id, admission.number, live.last
+        self.request[slot], self.admission[slot] = live.id, admission.number
         self.eos[slot] = live.eos_position
         count = len(admission.pages)
         self.num_pages[slot] = count
         self.table[slot] = 0
         self.table[slot, :count] = admission.pages
+        self.newest_page[slot] = admission.pages[-1] if admission.pages else 0
         assert live.tokens is not None
         self.tokens[slot, : len(live.tokens)] = live.tokens
-        self.active[slot] = 1
-        self._stale = True
+        self.run(slot, admission.position)
 
     def grow(self, admission: Admission, pages: tuple[int, ...]) -> None:
         """Append pages to an admission's list, and to its row."""
         count, slot = len(admission.pages), admission.slot
         admission.pages.extend(pages)
-        if slot >= 0 and len(pages) == 1 and count < self.table.shape[1]:
-            self.table[slot, count] = pages[0]
-            self.num_pages[slot] = count + 1
-        elif slot >= 0:
-            width = self.table.shape[1]
+        if slot < 0 or not pages:
+            return
+        width = self.table.shape[1]
+        if len(pages) == 1 and count < width:
+            self.flat_table[slot * width + count] = pages[0]
+        else:
             self.table[slot, count : count + len(pages)] = pages[: max(width - count, 0)]
-            self.num_pages[slot] = len(admission.pages)
+        self.num_pages[slot] = count + len(pages)
+        self.newest_page[slot] = pages[-1]
+        if self.active.item(slot):
+            self._note_full(slot, count + len(pages))
 
     def drain(self, live: Live) -> None:
         """The request's last row is planned: nothing more may run for it."""
@@ -212,24 +275,20 @@ class Ledger:
         self.joining.pop(live.id, None)
         admission = live.admission
         if admission is not None and admission.slot >= 0:
-            self.active[admission.slot] = 0
-            self.last[admission.slot] = -1
-            self._stale = True
+            self.halt(admission.slot)
 
     def undrain(self, live: Live, admission: Admission) -> None:
         """The last row was taken back: the request runs on."""
         if admission.slot >= 0:
             live.state = "running"
-            self.active[admission.slot] = 1
-            self.last[admission.slot] = live.last
-            self._stale = True
+            self.run(admission.slot, self.position_of(admission.slot))
 
     def leave_slot(self, admission: Admission) -> None:
         """The slot is free; its array row keeps what it said until the slot is used again."""
         slot = admission.slot
         if slot < 0:
             return
-        admission.position = int(self.position[slot])
+        admission.position = self.position_of(slot)
         admission.slot = -1
         self.before[slot] = admission.pages
         live = self.occupant[slot]
@@ -238,9 +297,7 @@ class Ledger:
                 live.tokens[:] = self.tokens[slot, : len(live.tokens)]
             self.occupant[slot] = None
             self.num_free_slots += 1
-            self.active[slot] = 0
-            self.last[slot] = -1
-            self._stale = True
+            self.halt(slot)
 
     def preempt(self, live: Live, admission: Admission) -> None:
         """Back to the head of the waiting queue, with every token it has; its pages follow with `freed`."""
@@ -249,8 +306,7 @@ class Ledger:
         self.prefill.pop(live.id, None)
         self.joining.pop(live.id, None)
         if admission.slot >= 0:
-            self.active[admission.slot] = 0
-            self._stale = True
+            self.halt(admission.slot)
         live.state = "waiting"
         self.waiting.appendleft(live)
 
@@ -262,9 +318,7 @@ class Ledger:
         self.joining.pop(live.id, None)
         admission = live.admission
         if admission is not None and admission.slot >= 0:
-            self.active[admission.slot] = 0
-            self.last[admission.slot] = -1
-            self._stale = True
+            self.halt(admission.slot)
         live.state = "gone"
         self.live.pop(live.id, None)
         self.departed.appendleft((live.id, how))

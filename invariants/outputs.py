@@ -91,13 +91,14 @@ class OutputJudge:
         token, eos = outcome.token[first:], outcome.eos[first:]
         if len(slots) != len(token):
             return []  # Rows of strangers are among them: their judge has spoken, and whose token is whose is unknown.
-        expected = ledger.flat_tokens[at]
+        expected = ledger.flat_tokens.take(at)
         words = token.tobytes()
         # Four zero bytes are an EOS, or two neighbours that look like one: then the careful way decides.
         plain = (
             words == expected.tobytes() and NO_TOKEN not in words and eos.tobytes() == self.zeros[: len(eos)].tobytes()
         )
         if plain and flight.joins == ledger.joins and ledger.vocab_size is not None:
+            ledger.seen = (at, words)
             return []
         held = ledger.request[slots] == flight.plan.request[first:]
         if ledger.vocab_size is None:

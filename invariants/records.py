@@ -22,7 +22,7 @@ class Admission:
     number: int
     feed: int
     """Tokens that its prefill feeds: the prompt, and after a preemption what was generated before."""
-    pages: list[int] = field(default_factory=list[int])
+    pages: list[int] = field(default_factory=list)
     slot: int = -1
     position: int = 0
     """c(r) while it holds no slot; `Ledger.computed` knows both cases."""
@@ -101,4 +101,4 @@ class Flight:
     gauges: tuple[int, ...] = ()
     """metrics.GAUGES by the auditor's own books, when the step was planned."""
     outcome: StepOutcome | None = None
-    eos: list[Live] = field(default_factory=list[Live])
+    eos: list[Live] = field(default_factory=list)

@@ -52,7 +52,7 @@ class RowJudge:
         rows, first, tokens_at = plan.num_rows, 0, 0
         ledger.refresh()
         running = ledger.running
-        flight = Flight(plan, [], 0, running, ledger.position[running], NOWHERE, ledger.joins, [])
+        flight = Flight(plan, [], 0, running, ledger.start, ledger.at, ledger.joins, [])
         progress = False
         while first < rows and plan.slot.item(first) < 0:
             progress |= self._prefill_row(flight, first, tokens_at)
@@ -65,8 +65,9 @@ class RowJudge:
         else:
             progress |= rows > first
             ledger.advance()
-            flight.at = ledger.cursor[flight.slots]
-            self._find_ends(flight)
+            for slot in sorted(ledger.ends.due(ledger.turn)):
+                self._drain(flight, ledger.occupant[slot])
+        ledger.odd_sizes = False
         if judge:
             self.decode_rows += rows - first
         return flight, progress
@@ -102,19 +103,15 @@ class RowJudge:
             return False
         fed = plan.tokens[tokens_at:]
         if not self.unknown_allowed or fed.tobytes() != self.unknown[: len(start)].tobytes():
-            mine = ledger.flat_tokens[ledger.cursor[ledger.running]]
-            if fed.tobytes() != mine.tobytes():
-                seen = fed != UNKNOWN_TOKEN
-                if not self.unknown_allowed or (fed[seen] != mine[seen]).any():
-                    return False
+            at, words = ledger.seen
+            # What the step before yielded is fed now, unless somebody came or went between.
+            if at is not ledger.fed_at or fed.tobytes() != words:
+                mine = ledger.flat_tokens.take(ledger.fed_at)
+                if fed.tobytes() != mine.tobytes():
+                    seen = fed != UNKNOWN_TOKEN
+                    if not self.unknown_allowed or (fed[seen] != mine[seen]).any():
+                        return False
         return self.tables.rows_agree(plan, first, start)
-
-    def _find_ends(self, flight: Flight) -> None:
-        ledger = self.ledger
-        at_end = ledger.position == ledger.last
-        if b"\x01" in at_end.tobytes():
-            for slot in np.flatnonzero(at_end).tolist():
-                self._drain(flight, ledger.occupant[slot])
 
     def _drain(self, flight: Flight, live: Live | None) -> None:
         if live is None or live.admission is None:
@@ -172,7 +169,7 @@ class RowJudge:
                     )
                 else:
                     slots.append(slot)
-                    starts.append(int(ledger.position[slot]))
+                    starts.append(ledger.position_of(slot))
                     progress = True
             tokens_at += plan.count.item(row)
         if slots != sorted(slots):
@@ -188,11 +185,12 @@ class RowJudge:
             # Rows of strangers: the outcome cannot be told apart by slot any more.
             flight.slots, flight.start = NOWHERE, np.zeros(0, np.int32)
         for slot in slots:
-            ledger.move(slot, int(ledger.position[slot]) + 1)
+            position = ledger.position_of(slot) + 1
+            ledger.move(slot, position)
             live = ledger.occupant[slot]
-            if ledger.position[slot] == ledger.last[slot]:
+            if live is not None and live.last == position:
                 self._drain(flight, live)
-        flight.at = ledger.cursor[flight.slots]
+        flight.at = ledger.place_of(flight.slots, flight.start)
         return progress
 
     def _whose(self, plan: StepPlan, row: int, states: frozenset[str]) -> tuple[Live, Admission] | None:
@@ -334,7 +332,7 @@ class RowJudge:
         starts: list[int] = flight.start.tolist()
         for slot, start in zip(slots, starts, strict=True):
             live = ledger.occupant[slot]
-            if live is None or live.admission is None or int(ledger.position[slot]) != start + 1:
+            if live is None or live.admission is None or ledger.position_of(slot) != start + 1:
                 continue
             live.admission.high = max(live.admission.high, start + 1)
             ledger.move(slot, start)

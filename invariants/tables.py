@@ -26,6 +26,10 @@ class TableJudge:
         self.findings = findings
         # Arrays without axes: NumPy converts a Python integer anew at each use, which costs more than the division.
         self.page_size, self.one = np.array(ledger.page_size, np.int32), np.array(1, np.int32)
+        self.shape = (0, 0, 0)
+        """Rows, width and first decode row of the newest table that was large."""
+        self.before = np.zeros(0, np.intp)
+        """Which entry comes before each decode row of such a table."""
         self.tables_on = findings.any_on(("T1", "T2", "P7"))
 
     # ---- one row
@@ -120,23 +124,27 @@ class TableJudge:
     def rows_agree(self, plan: StepPlan, first: int, start: Int32[ndarray, " decodes"]) -> bool:
         """Whether all decode rows have exactly the pages that they need, and the table shows the ledger's."""
         ledger = self.ledger
-        slots = ledger.running
-        counts = ledger.num_pages[slots].tobytes()
-        needed = start // self.page_size + self.one
-        if counts != needed.tobytes() or counts != plan.num_pages[first:].tobytes():
+        if ledger.odd_sizes or ledger.full.due(ledger.turn):
             return False
-        if not self.tables_on:
-            return True
-        width = plan.table.shape[1]
+        counts = ledger.num_pages.take(ledger.running)
+        if counts.tobytes() != plan.num_pages[first:].tobytes():
+            return False
+        if plan.step % WHOLE_TABLE_EVERY == 0 and (start // self.page_size + self.one).tobytes() != counts.tobytes():
+            return False
+        return not self.tables_on or self._pages_agree(plan, first, counts)
+
+    def _pages_agree(self, plan: StepPlan, first: int, counts: Int32[ndarray, " decodes"]) -> bool:
+        ledger, slots, width = self.ledger, self.ledger.running, plan.table.shape[1]
         if width > ledger.table.shape[1]:
             return False
-        if len(slots) * width > SMALL_TABLE and plan.step % WHOLE_TABLE_EVERY:
-            # Clipped: a table too narrow for its own num_pages shows another page, and is then judged row by row.
-            at = needed - self.one
-            told = plan.table.reshape(-1).take(np.arange(first, plan.num_rows) * width + at, mode="clip")
-            mine = ledger.table.reshape(-1).take(slots * ledger.table.shape[1] + at, mode="clip")
-            return told.tobytes() == mine.tobytes()
-        return ledger.table.take(slots, axis=0)[:, :width].tobytes() == plan.table[first:].tobytes()
+        if len(slots) * width <= SMALL_TABLE or plan.step % WHOLE_TABLE_EVERY == 0:
+            return ledger.table.take(slots, axis=0)[:, :width].tobytes() == plan.table[first:].tobytes()
+        shape = (plan.num_rows, width, first)
+        if self.shape != shape:
+            self.shape, self.before = shape, np.arange(first, plan.num_rows) * width - 1
+        # Clipped: a table too narrow for its own num_pages shows another page, and is then judged row by row.
+        told = plan.table.reshape(-1).take(self.before + counts, mode="clip")
+        return told.tobytes() == ledger.newest_page.take(slots).tobytes()
 
     # ---- the batch on the host or on the device
 
@@ -175,7 +183,7 @@ class TableJudge:
             counts["T1"].add(1, 1)
             if not device or not self._is_stale(slot, admission.pages, rows[i], slot in changed):
                 self.judge_row(admission, rows[i], ledger.computed(admission), where)
-            done = int(ledger.position[slot])
+            done = ledger.position_of(slot)
             if not device:
                 allowed = {done, done - 1}
             elif 0 <= live.eos_position <= done:

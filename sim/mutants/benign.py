@@ -224,7 +224,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "benign-shortest-first",
-        "The shortest prompt is admitted first, declared as the core's own choice.",
+        "The shortest prompt is admitted first and an unfinished prefill is the first victim, both by declared choice.",
         edits=(
             Edit(
                 f"{_SCHEDULER}._draft_prefill",
@@ -236,7 +236,13 @@ MUTANTS: tuple[Mutant, ...] = (
                 "self.prefill_queue.get_nowait() if draft.prefill_is_new else draft.prefill",
                 "draft.prefill\n        if draft.prefill_is_new:\n            self.prefill_queue.remove(request)",
             ),
-            _declared('admission="any"'),
+            # An old prompt may be admitted late: were it kept, nobody could be left to run.
+            Edit(
+                f"{_SCHEDULER}._draft_preemption",
+                "sorted(holders, key=_order, reverse=True)",
+                "sorted(holders, key=lambda holder: (holder is active, _order(holder)), reverse=True)",
+            ),
+            _declared('admission="any", victim="any"'),
         ),
         benign=True,
     ),

@@ -22,18 +22,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "MD02",
-        "Sequences whose last row has run are given back in the order of a set of their names.",
+        "Decodes that grow are taken from a set of their names, so that each gets its page in the set's order.",
         ("D1",),
         where="deep",
         edits=(
             Edit(
-                "paged_attention.engine:PagedAttentionEngine.apply",
-                "    for sequence in books.spent:\n",
-                """    spent = {f"request {sequence.request.id}": sequence for sequence in books.spent}
-        for sequence in [spent[name] for name in set(spent)]:
-""",
+                "paged_attention.scheduler:InferenceScheduler._growing_slots",
+                "(self._capacity <= positions).nonzero()[0].tolist()",
+                "[int(name) for name in {str(slot) for slot in (self._capacity <= positions).nonzero()[0].tolist()}]",
             ),
         ),
+        driver="deep-host",
     ),
     Mutant(
         "MD03",

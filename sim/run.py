@@ -28,6 +28,7 @@ from sim.record import Recorder
 from sim.run_folder import SUMMARY_SCHEMA, write_failure, write_record, write_scenario
 from sim.scenario import Scenario, scenario_hash
 from sim.script import RequestScript
+from sim.sometimes import Sometimes
 from sim.workload import TraceError, Workload, concrete_faults, generate, prompt_tokens
 
 PACKAGES: Final = ("kvproof", "numpy", "jax", "jaxlib", "simpy")
@@ -118,7 +119,8 @@ def _run(
             # A judge of plan logs knows the tokens of scripted models only.
             vocab_size = None if scenario.model.kind == "tiny" else scenario.model.vocab_size
             log = PlanLogWriter(plan_log, core.policy, vocab_size, script.eos_position)
-            observers: list[Observer] = [events] if audit else []
+            sometimes = Sometimes(recorder)
+            observers: list[Observer] = [events, sometimes] if audit else []
             observers += [log] if plan_log is not None else []
             parts = Parts(
                 core=core,
@@ -142,6 +144,7 @@ def _run(
         deep, ending = _look_deeper(scenario, mutant, parts, ending, interrupt, deep_progress)
         summary = _summary(scenario, parts, ending, described, deep)
         summary["cache_hash"] = cache_digest
+        summary["sometimes"] = sometimes.hits if audit else {}
         report = _report(scenario, parts, ending, summary, deep, out)
         summary.update(clocks.figures())
         if out is not None:

@@ -24,12 +24,14 @@ LIBRARY: Final = Path(__file__).parents[2] / "scenarios"
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command("list", short_help="List scenarios, invariants, backends, cores or mutants.")(exits(list_things))
+    app.command("list", short_help="List scenarios, invariants, corner cases, backends, cores or mutants.")(
+        exits(list_things)
+    )
     app.command(short_help="Explain an invariant or a mutant.")(exits(explain))
 
 
 def list_things(
-    what: Annotated[str, typer.Argument(help="scenarios, invariants, backends, cores or mutants.")],
+    what: Annotated[str, typer.Argument(help="scenarios, invariants, sometimes, backends, cores or mutants.")],
     folder: Annotated[
         Path | None, typer.Option(help="Where the scenarios are [./scenarios, else those that come with kvproof].")
     ] = None,
@@ -42,6 +44,7 @@ def list_things(
     listers: dict[str, Callable[[], dict[str, str]]] = {
         "scenarios": lambda: scenario_purposes(folder or (SCENARIO_FOLDER if SCENARIO_FOLDER.is_dir() else LIBRARY)),
         "invariants": invariant_statements,
+        "sometimes": corner_cases,
         "backends": backends,
         "cores": cores,
         "mutants": mutants,
@@ -79,6 +82,13 @@ def invariant_statements() -> dict[str, str]:
         name: entry.statement if entry.active and entry.mode == "always" else f"{entry.statement} ({entry.status})"
         for name, entry in CATALOGUE.items()
     }
+
+
+def corner_cases() -> dict[str, str]:
+    """Id and sentence of everything that must happen in some run."""
+    from sim.sometimes import SOMETIMES
+
+    return SOMETIMES
 
 
 def backends() -> dict[str, str]:

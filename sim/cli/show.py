@@ -44,6 +44,9 @@ def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             yield title.center(WIDTH, "-")
             for label, figure in (("Mean", "mean"), ("Median", "p50"), ("P99", "p99")):
                 yield _row(f"{label} {short} (ms):", figures[figure] * 1e3)
+    if summary["sometimes"]:
+        reached = sum(count > 0 for count in summary["sometimes"].values())
+        yield _row("Corner cases reached:", f"{reached} of {len(summary['sometimes'])}")
     yield "On this machine".center(WIDTH, "-")
     yield _row(
         "Wall / CPU time (s):", f"{summary['duration_wall_seconds']:.2f} / {summary['duration_cpu_seconds']:.2f}"

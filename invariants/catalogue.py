@@ -39,7 +39,7 @@ class Entry:
     def status(self) -> str:
         """Whether and by whom it is checked, in words."""
         if not self.active:
-            return f"not checked yet: {self.waits_for}"
+            return f"not yet applicable: {self.waits_for}"
         return "checked by kvproof run --deep" if self.mode == "deep" else "checked in every run"
 
 

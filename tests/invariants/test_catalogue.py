@@ -27,7 +27,7 @@ def test_each_entry_says_what_and_why_in_a_sentence():
 def test_an_explanation_says_whether_it_is_checked():
     assert explain("p1").startswith("P1 (pages, checked in every run)")
     assert explain("d1").startswith("D1 (determinism, checked by kvproof run --deep)")
-    assert "not checked yet: prefix sharing" in explain("X2")
+    assert "not yet applicable: prefix sharing" in explain("X2")
     with pytest.raises(ValueError, match="no invariant is called 'P99'"):
         explain("P99")
 

@@ -310,7 +310,7 @@ def test_the_shipped_schema_is_the_one_that_is_printed(kvproof: Any) -> None:
     assert kvproof("schema")[1] == shipped.read_text()
 
 
-@pytest.mark.parametrize("what", ["invariants", "backends", "cores", "mutants"])
+@pytest.mark.parametrize("what", ["invariants", "sometimes", "backends", "cores", "mutants"])
 def test_what_there_is_can_be_listed(what: str, kvproof: Any) -> None:
     status, out, _ = kvproof("list", what)
     _, as_json, _ = kvproof("list", what, "--json")

@@ -19,7 +19,7 @@ from tests.sim.run_parts import logged, planned_only, scenarios
 
 GAUNTLET = Path("scenarios/gauntlet")
 ALWAYS = {name for name in ACTIVE if CATALOGUE[name].mode == "always"}
-NEEDS_A_CACHE = {name for name in ALWAYS if CATALOGUE[name].family == "contents"} | {"T5"}
+NEEDS_A_CACHE = {name for name in ALWAYS if CATALOGUE[name].family == "contents"} | {"T5", "O2"}
 
 
 class Recount:

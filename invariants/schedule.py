@@ -14,7 +14,7 @@ which nobody is preempted:
 
 All that holds in every plan of mix "mixed". Under "prefill_first" and "decode_first" a plan without decodes is held to
 it; beside decodes a prefill may wait max_prefill_wait steps (S12), and a decode at most max_decode_wait steps, only for
-prefills.
+prefills. A plan that runs decodes lets everybody join who can, whatever the mix.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ class ScheduleJudge:
 
     def _judge_idle_work(self, active: int, decodes: frozenset[int] | None) -> None:
         ledger, policy = self.ledger, self.ledger.policy
+        num_decodes = len(ledger.running) if decodes is None else len(decodes)
         who, lazy = -1, ""
         for live in self._stalled():
             who, lazy = live.id, self._could_run(live)
@@ -171,11 +172,11 @@ class ScheduleJudge:
             who, lazy = ledger.waiting[0].id, self._could_admit(ledger.waiting[0])
         if not lazy:
             self.prefill_wait = 0
-        elif policy.mix == "mixed" or not (len(ledger.running) if decodes is None else len(decodes)):
+        elif policy.mix == "mixed" or not num_decodes:
             self._lazy(who, lazy)
         else:
             self._prefill_waits(who)
-        if ledger.joining and policy.mix == "mixed":
+        if ledger.joining and (policy.mix == "mixed" or num_decodes):
             self._judge_joining()
 
     def _lazy(self, request: int, what: str) -> None:

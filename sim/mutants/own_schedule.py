@@ -272,4 +272,50 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit(f"{_SCHEDULER}._growing_slots", "self._capacity <= positions", "self._capacity < positions"),
         ),
     ),
+    Mutant(
+        "KS25",
+        "Of those who wait for a slot only one joins in a step.",
+        ("S11",),
+        edits=(Edit(f"{_SCHEDULER}._num_joins", "_slots(batch).qsize()", "1"),),
+        driver="host-prefill-first",
+    ),
+    Mutant(
+        "KS26",
+        "Whoever is prefilled waits for a slot until nothing is in flight.",
+        ("S11",),
+        edits=(Edit(f"{_ENGINE}.plan", "while books.prefilled:", "while books.prefilled and not books.flights:"),),
+        driver="host-handover",
+    ),
+    Mutant(
+        "KS27",
+        "Every chunk is one token shorter than it could be, and pages are granted for that.",
+        ("L1",),
+        edits=(
+            Edit(
+                _MAKE_PLAN,
+                "count = min(chunk, prefill.num_fed_tokens - start)",
+                "count = min(max(1, chunk - 1), prefill.num_fed_tokens - start)",
+            ),
+            Edit(
+                f"{_SCHEDULER}._chunk_pages",
+                "(request.chunk_idx + 1) * request.chunk_size",
+                "(request.chunk_idx + 1) * max(1, request.chunk_size - 1)",
+            ),
+        ),
+        driver="host-crowded",
+    ),
+    Mutant(
+        "KS28",
+        "A newcomer who ends before everybody else does not bring the next end forward.",
+        ("O3",),
+        edits=(Edit(f"{_SLOTS}.join", "self._first_end = min(self._first_end, end)", "pass"),),
+        driver="host-crowded",
+    ),
+    Mutant(
+        "KS29",
+        "An abandoned step does not bring back the end that it had passed.",
+        ("S7", "S4", "O3"),
+        edits=(Edit(f"{_SLOTS}.restore", "self._first_end = self.turns", "pass"),),
+        driver="host-handover",
+    ),
 )

@@ -189,7 +189,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "SEED-09",
         "top_p drops the token that crosses the threshold.",
         "sampler",
-        Edit("paged_attention.sampling:sample", "(before < top_p)", "(reached < top_p)"),
+        Edit("paged_attention.sampling:sample", "(before < threshold)", "(reached < threshold)"),
     ),
     _contract(
         "SEED-09b",

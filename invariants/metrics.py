@@ -84,6 +84,8 @@ class Latency:
         return mean is None or math.isclose(mean * self.count * 1e9, self.total_ns, rel_tol=1e-9, abs_tol=0.5)
 
 
+PAGES_OWNED, USAGE = GAUGES.index("pages_owned"), "kv_cache_usage_perc"
+
 FIRST_TOKEN, WHOLE = "time_to_first_token_seconds", "e2e_request_latency_seconds"
 """Latencies that a summary quotes and the auditor adds up itself."""
 
@@ -108,6 +110,8 @@ class MetricJudge:
         self.measures = self.padded = 0
         """Measurements since the counters were settled, and those of steps with padding."""
         self.series = SeriesLog(("step", "end_ns", *GAUGES))
+        self.most_owned = 0
+        """Pages owned in the fullest completed step."""
 
     def first_token(self, live: Live, now_ns: int) -> None:
         """The first token of a request has reached the host."""
@@ -195,6 +199,7 @@ class MetricJudge:
         """The outcome of a step reached the host: its row of the series is final."""
         if flight.gauges:
             self.series.note((flight.plan.step, self.findings.time_ns, *flight.gauges))
+            self.most_owned = max(self.most_owned, flight.gauges[PAGES_OWNED])
 
     def settle_counts(self) -> None:
         """Move the bulk counters into the counters."""
@@ -230,7 +235,18 @@ class MetricJudge:
             )
 
     def summarised(self, figures: Mapping[str, Mapping[str, float | int | None]]) -> None:
-        """M4: the latencies that are quoted count the requests, and add up to the waits, that were seen."""
+        """M4: the latencies that are quoted count the requests, and add up to the waits, that were seen; M3: usage."""
+        if self.series.rows:
+            usage, said = self.most_owned / (self.ledger.policy.num_pages - 1), figures[USAGE]["max"]
+            self.findings.counts["M3"].add(1, 1 if self.most_owned else 0)
+            if said is None or not math.isclose(said, usage, rel_tol=1e-9):
+                self.findings.breach(
+                    "M3",
+                    f"the summary's largest {USAGE} is {said}, but at most {self.most_owned} of"
+                    f" {self.ledger.policy.num_pages - 1} pages were owned",
+                    expected=usage,
+                    found=said,
+                )
         for name, seen in self.latencies.items():
             self.findings.counts["M4"].add(1, 1 if seen.count else 0)
             if not seen.agrees(figures[name]):

@@ -167,6 +167,12 @@ PAGES: tuple[Mutant, ...] = (
             Edit("paged_attention.scheduler:release_slot", "batch.positions[slot] = -1", "pass"),
         ),
     ),
+    Mutant(
+        "KP15",
+        "Usage is quoted as a share of all pages, the dummy included.",
+        ("M3",),
+        edits=(Edit("sim.metrics:page_figures", "(recorder.policy.num_pages - 1)", "recorder.policy.num_pages"),),
+    ),
 )
 
 MUTANTS: tuple[Mutant, ...] = (*PAGES, *own_schedule.MUTANTS)

@@ -201,7 +201,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "SEED-10",
         "The first token of a request is sampled with nobody's parameters: the seed of its prefill is left out.",
-        ("O1",),
+        ("O11", "O1"),
         where="device",
         edits=(
             Edit(
@@ -214,7 +214,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "SEED-10b",
         "A slot keeps the sampling seed of whoever sat there before.",
-        ("O1",),
+        ("O11", "O1"),
         where="device",
         edits=(
             Edit(

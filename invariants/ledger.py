@@ -33,10 +33,8 @@ class Ledger:
 
     def __init__(self, policy: DeclaredPolicy, vocab_size: int | None, oracle: DecoderOracle | None = None) -> None:
         """`oracle` knows the tokens of a decoder; without one they are those of the scripted models."""
-        self.oracle = oracle
+        self.policy, self.vocab_size, self.oracle = policy, vocab_size, oracle
         slots, self.page_size = policy.batch_size, policy.page_size
-        self.policy = policy
-        self.vocab_size = vocab_size
         self.pool = Pool(policy.num_pages, policy.free_list, policy.free_pages)
         self.live: dict[int, Live] = {}
         self.waiting: deque[Live] = deque()

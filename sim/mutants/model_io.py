@@ -64,7 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MI06",
         "A slot keeps the sampling parameters of whoever sat there first.",
-        ("O1",),
+        ("O1", "O11"),
         where="device",
         edits=(
             Edit(
@@ -89,7 +89,6 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("MI09", "A stop string that two deltas share is missed.", ("O3",), waits_for="stop strings"),
     Mutant("MI10", "The last delta is dropped where the end comes with it.", ("O10",), waits_for="text deltas"),
-    Mutant("MI11", "Padded query starts are 0 in place of the total.", ("S8",), waits_for="packed query starts"),
     Mutant(
         "MI12",
         "The rows that pad a chunk are counted as scheduled tokens.",

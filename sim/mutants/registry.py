@@ -9,6 +9,7 @@ from typing import Final
 
 from sim.mutants import (
     benign,
+    inputs,
     model_io,
     own,
     own_device,
@@ -24,7 +25,21 @@ from sim.mutants import (
 from sim.mutants.edit import applied
 from sim.mutants.mutant import Mutant
 
-FAMILIES: Final = (wrapped, pages, tables, writes, schedule, model_io, verifier, seed, own, own_device, paired, benign)
+FAMILIES: Final = (
+    wrapped,
+    pages,
+    tables,
+    writes,
+    schedule,
+    model_io,
+    inputs,
+    verifier,
+    seed,
+    own,
+    own_device,
+    paired,
+    benign,
+)
 
 MUTANTS: Final[dict[str, Mutant]] = {mutant.id: mutant for family in FAMILIES for mutant in family.MUTANTS}
 """Planted bugs and benign variants, family by family."""

@@ -204,11 +204,12 @@ class ContentJudge:
                 continue
             seen.add(at)
             self._round_trip(place, self.decoder)
-            if written is not None and at in before:
-                self._planned_place(place, self.decoder, written.before[before[at]])
+            planned = written.before[before[at]] if written is not None and at in before else None
+            if planned is not None:
+                self._planned_place(place, self.decoder, planned)
             else:
                 self._other_place(place, self.decoder)
-            self._layers_agree(place, self.decoder, device)
+            self._layers_agree(place, planned, self.decoder, device)
 
     def _round_trip(self, place: WrongPlace, decoder: Decoder) -> None:
         said = self.shadow[place.page, place.offset]
@@ -270,14 +271,14 @@ class ContentJudge:
                     return f"request {live.id}, admission {number}, position {int(hits[0])}, which has no place now"
         return f"words {place.found[:4]} of no token that is known"
 
-    def _layers_agree(self, place: WrongPlace, decoder: Decoder, device: Device) -> None:
+    def _layers_agree(self, place: WrongPlace, planned: np.void | None, decoder: Decoder, device: Device) -> None:
         """K9: a place is right in every layer or wrong in every one."""
         if decoder.layers < 2 or "K9" not in self.findings.on:
             return
         at = np.array([place.page], np.int32), np.array([place.offset], np.int32)
         every = self._compare(at[0], at[1], device, decoder.layers * 2 * decoder.heads)
         bad = sorted({w.layer for w in every})
-        if len(bad) < decoder.layers and not self._is_a_token(place, decoder, device):
+        if len(bad) < decoder.layers and self._missed(place, bad, planned, decoder, device):
             self.findings.breach(
                 "K9",
                 f"page {place.page}, offset {place.offset} is wrong in layers {bad} and right in the others of"
@@ -287,14 +288,16 @@ class ContentJudge:
                 found=f"layers {bad} differ",
             )
 
-    def _is_a_token(self, place: WrongPlace, decoder: Decoder, device: Device) -> bool:
-        """Whether a decoder's token lies here as a whole: two tokens may share their words in the first layers."""
+    def _missed(
+        self, place: WrongPlace, bad: list[int], planned: np.void | None, decoder: Decoder, device: Device
+    ) -> bool:
+        """Whether some layers were written and others not: fingerprints cannot differ in some layers otherwise."""
         evidence = device.evidence(np.zeros(0, np.int32), np.array([place.page], np.int32))
         if not isinstance(decoder, OracleDecoder) or evidence is None:
-            return False
+            return True
         held = np.stack([evidence.keys, evidence.values], axis=1)[..., 0, place.offset, :]
         flat = self.shadow.reshape(-1)
-        return decoder.whole(held, flat[flat["id"] != 0])
+        return decoder.one_layer_missed(held, bad, planned, flat[flat["id"] != 0])
 
 
 def _tokens(request: object, admission: object, base: UInt32[ndarray, " n"], position: Int32[ndarray, " p"]) -> Places:

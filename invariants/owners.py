@@ -79,6 +79,15 @@ class OracleDecoder(Decoder):
         """See Decoder."""
         return tuple(self._oracle.words(np.array([token]))[0, place.layer, kind, head].tolist())
 
-    def whole(self, words: Words, tokens: NDArray[np.void]) -> bool:
-        """Whether these words, axes (layers, 2, heads, head_dim), are in every layer those of one of the tokens."""
-        return bool((self._oracle.words(tokens) == words).all(axis=(1, 2, 3, 4)).any())
+    def one_layer_missed(
+        self, held: Words, layers: list[int], before: np.void | None, tokens: NDArray[np.void]
+    ) -> bool:
+        """Whether a place that is wrong in these layers alone was written in the others alone.
+
+        `held` are its words, axes (layers, 2, heads, head_dim). What a decoder writes in a layer follows from what it
+        read in those below: a planned place (`before` is what it held) was left out where it still holds that. Another
+        place holds a whole token that shares its words in some layers with the right one, or was hit in these only.
+        """
+        if before is not None:
+            return bool((self._oracle.words(np.array([before]))[0, layers] == held[layers]).all())
+        return not (self._oracle.words(tokens) == held).all(axis=(1, 2, 3, 4)).any()

@@ -109,12 +109,13 @@ def draw(logits: Float32[ndarray, " vocab"], temperature: float, top_p: float, s
     """The token that `seed` draws at `position`, token by token in whole numbers.
 
     A weight is 2 ** -(h / 2 ** 16) where h counts 2**-16ths of a halving, from 16-bit tables of 2 ** -(i / 2 ** 8) and
-    2 ** -(j / 2 ** 16); all weights of a row are shifted until they sum up to less than 2 ** 31.
+    2 ** -(j / 2 ** 16). All weights of a row are shifted until they sum up to less than 2 ** 31. Temperatures above 0
+    count as at least 1e-6.
     """
     ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     if temperature == 0:
         return ranked[0]
-    slope = np.float32(2**16 / np.log(2)) / np.float32(temperature)
+    slope = np.float32(2**16 / np.log(2)) / np.float32(max(temperature, 1e-6))
     best = logits[ranked[0]]
     weights = [_power(int(min((best - logits[token]) * slope, np.float32(2**21)))) for token in ranked]
     bits = (sum(weight >> 18 for weight in weights) + len(weights)).bit_length()

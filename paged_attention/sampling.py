@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DEFAULTS = {"top_p": 1.0, "max_tokens": 32, "temperature": 0.0, "seed": 0}
 DTYPES = {"top_p": np.float32, "max_tokens": np.int32, "temperature": np.float32, "seed": np.uint32}
 
+LEAST_TEMPERATURE = 1e-6
+"""Temperatures above 0 count as at least this."""
+
 
 @dataclass(eq=False)
 class SamplingParams(SerializableTree):
@@ -116,7 +119,7 @@ def _weights(below: Any, temperature: Any, xp: ModuleType) -> Any:
     tables of 8 bits each. Off by less than 5 parts in 100,000; each row takes the largest scale that fits.
     """
     # Bounded, since 0 * inf is no number.
-    slope = xp.minimum(xp.float32(2**16 / np.log(2)) / temperature, xp.float32(1e30))
+    slope = xp.float32(2**16 / np.log(2)) / xp.maximum(temperature, xp.float32(LEAST_TEMPERATURE))
     halvings = xp.minimum(below * slope, 2.0**21).astype(xp.uint32)
     part = xp.asarray(_COARSE)[(halvings >> xp.uint32(8)) & xp.uint32(0xFF)]
     part = part * xp.asarray(_FINE)[halvings & xp.uint32(0xFF)]

@@ -183,6 +183,26 @@ MUTANTS: tuple[Mutant, ...] = (
         driver="device-int8",
     ),
     Mutant(
+        "MK25",
+        "What is compiled is keyed without the page size: views keep that of the first cache in the process.",
+        ("O4",),
+        where="deep",
+        edits=(
+            Edit(
+                "backends.jax_device:JaxBackend.open",
+                "self._pools: Pools =",
+                # A key without sizes, in the table of programs that is emptied when the bug comes and goes.
+                "key = replace(cache, lag=0, page_size=1, num_pages=2, max_sequence_length=1, batch_size=1)\n"
+                "    key = replace(key, prefill_chunk=1)\n"
+                "    shared = vars(programs_for(key, model, devices.platform, tuple(devices.mesh.items())))\n"
+                "    first = shared.setdefault('first', self._programs.model.cache_tree)\n"
+                "    object.__setattr__(self._programs.model, 'cache_tree', first)\n"
+                "    self._pools: Pools =",
+            ),
+        ),
+        driver="device-rows",
+    ),
+    Mutant(
         "MK26",
         "The page that holds the first token of the window is freed.",
         ("K4",),

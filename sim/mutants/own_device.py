@@ -49,7 +49,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK05",
         "The token and head axes of V are exchanged by a reshape in place of a transpose.",
-        ("K1",),
+        ("K1", "K3"),
         where="device",
         edits=(
             Edit(
@@ -63,7 +63,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK06",
         "Every head gets the vector of head 0.",
-        ("K1",),
+        ("K7", "K1", "K3"),
         where="device",
         edits=(
             Edit(
@@ -85,7 +85,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK08",
         "A released slot keeps its position on the device as if somebody sat there.",
-        ("T6",),
+        ("T6", "S8"),
         where="device",
         edits=(Edit(f"{_IO}:_released", "xp.where(gone, FREE_POSITION, batch.positions)", "batch.positions"),),
         driver="device-int8",
@@ -93,7 +93,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK09",
         "A released slot keeps its page table on the device.",
-        ("T2",),
+        ("T5", "T2"),
         where="device",
         edits=(Edit(f"{_IO}:_released", "xp.where(gone[:, None], DUMMY_PAGE, batch.page_table)", "batch.page_table"),),
         driver="device-starved",
@@ -139,7 +139,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK14",
         "Page ids are narrowed to uint8 before a chunk is written.",
-        ("K1", "K3"),
+        ("K1", "K2", "K3"),
         where="device",
         edits=(Edit(_PREFILL, "table.shape[0] - 1)]", "table.shape[0] - 1)].astype(jnp.uint8).astype(jnp.int32)"),),
         driver="device-wide",
@@ -230,14 +230,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "KK23",
-        "Rows are handed to the device without the last column of their page table.",
+        "Rows are handed to the device without the page that only the longest of them has.",
         ("K1", "K3"),
         where="device",
         edits=(
             Edit(
                 "backends.jax_roads:pack_rows",
                 "min(plan.table.shape[1], num_pages)",
-                "min(plan.table.shape[1] - 1, num_pages)",
+                "int(plan.num_pages[chosen].max()) - 1",
             ),
         ),
         driver="device-rows",
@@ -259,7 +259,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK25",
         "All heads of a token share the scale of its last head.",
-        ("K1",),
+        ("K1", "K3"),
         where="device",
         edits=(
             Edit(

@@ -15,7 +15,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK01",
         "A decode writes one offset too far within its page.",
-        ("K1",),
+        ("K1", "K3"),
         where="device",
         edits=(Edit(_DECODES, "position % page_size", "(position + 1) % page_size"),),
         driver="device-starved",
@@ -31,7 +31,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK03",
         "A chunk is written from offset 0 of its first page, wherever it starts.",
-        ("K1",),
+        ("K1", "K2"),
         where="device",
         edits=(Edit(_PREFILL, "start % page_size", "0"),),
         driver="device-starved",
@@ -39,7 +39,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK04",
         "K and V are exchanged on their way into the cache.",
-        ("K1",),
+        ("K7", "K1"),
         where="device",
         edits=(
             Edit(
@@ -53,7 +53,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK06",
         "The layer loop writes every layer into the first one's pages.",
-        ("K1", "K9"),
+        ("K9", "K8", "K1"),
         where="device",
         edits=(Edit(f"{_MODEL}._write", "self.writer(view,", "self.writer(views[0],"),),
         driver="device-starved",
@@ -87,7 +87,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK11",
         "Decodes are added to what lies in their place.",
-        ("K1",),
+        ("K1", "K3"),
         where="device",
         edits=(Edit(_DECODES, ".at[index].set(", ".at[index].add("),),
         driver="device-lag",
@@ -142,7 +142,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK20",
         "The position that goes into a token's K/V starts anew in each chunk.",
-        ("K1",),
+        ("K1", "K3"),
         where="device",
         edits=(
             Edit(
@@ -171,7 +171,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MK22",
         "The scale of a quantised token is written one offset behind its values.",
-        ("K1",),
+        ("K7", "K1"),
         where="device",
         edits=(
             Edit(
@@ -200,7 +200,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "    self._pools: Pools =",
             ),
         ),
-        driver="device-rows",
+        driver="deep-jax",
     ),
     Mutant(
         "MK26",

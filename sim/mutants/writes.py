@@ -52,10 +52,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "MK06",
-        "The layer loop writes every layer into the first one's pages.",
-        ("K9", "K8", "K1"),
+        "Every turn of the layer loop writes the first layer's vectors into the first layer's pages.",
+        ("K9", "K1", "K3"),
         where="device",
-        edits=(Edit(f"{_MODEL}._write", "self.writer(view,", "self.writer(views[0],"),),
+        edits=(Edit(f"{_MODEL}._write", "in enumerate(views)\n    ]", "in enumerate(views[:1])\n    ] + views[1:]"),),
         driver="device-starved",
     ),
     Mutant(

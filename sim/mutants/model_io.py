@@ -34,7 +34,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MI04",
         "The random key of a row is that of its slot, not of its request.",
-        ("O1",),
+        ("O11", "O1"),
         where="device",
         edits=(
             Edit(
@@ -48,7 +48,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MI05",
         "A request that is fed again after a preemption draws with a new seed.",
-        ("O1",),
+        ("O11", "O1"),
         where="device",
         edits=(
             Edit(

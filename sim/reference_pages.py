@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from invariants.catalogue import CATALOGUE
+from sim.deep import RELATIONS
+from sim.deep.world import MAX_REQUESTS, MAX_TOKENS
 from sim.mutants import CANARY, MUTANTS, Mutant
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
@@ -58,10 +60,23 @@ def _invariants() -> Iterator[str]:
             yield f"- Why: {entry.why}"
             if entry.active:
                 yield f"- Checked: {entry.when}. Cost: {_COSTS[entry.cost]}."
+                if entry.mode == "deep":
+                    yield "- Only with `kvproof run --deep`, or `invariants: {deep: true}` in the scenario."
             else:
                 yield f"- Not yet applicable: waits for {entry.waits_for}."
             if caught[name]:
                 yield f"- Planted bugs that it must notice: {', '.join(caught[name])}."
+    yield ""
+    yield "## Deep checks"
+    yield ""
+    yield (
+        f"`kvproof run --deep` plays up to {MAX_REQUESTS} requests of a scenario ({MAX_TOKENS:,} tokens) again and "
+        "again, each time with one thing changed, and compares."
+    )
+    yield ""
+    yield "| ids | what the other run changes | what must be equal |"
+    yield "|---|---|---|"
+    yield from (f"| {', '.join(r.ids)} | {_cell(r.changes)} | {_cell(r.equal)} |" for r in RELATIONS)
 
 
 def _mutants() -> Iterator[str]:

@@ -270,4 +270,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         driver="device-int8",
     ),
+    Mutant(
+        "KK26",
+        "Query heads take turns over the K/V heads, where each K/V head has a group of neighbours.",
+        ("K1", "K3", "O2"),
+        where="device",
+        edits=(
+            Edit(
+                "backends.jax_tiny:DecoderModel._attend",
+                "query.reshape(sequences, rows, self.spec.kv_heads, -1, head_dim)",
+                "query.reshape(sequences, rows, -1, self.spec.kv_heads, head_dim).swapaxes(2, 3)",
+            ),
+        ),
+        driver="device-tiny",
+    ),
 )

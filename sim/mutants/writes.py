@@ -9,6 +9,7 @@ _DECODES = "paged_attention.writes:write_decodes_jax"
 _PREFILL = "paged_attention.writes:write_prefill_jax"
 _MODEL = "backends.jax_step:ScriptedModel"
 _VIEW = "paged_attention.cache:PagedAttentionCacheView"
+_DECODER = "backends.jax_tiny:DecoderModel"
 _MERGE = "paged_attention.model_io:merge_news"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -82,7 +83,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "Padding writes NaN into the dummy page, and attention masks by adding.",
         ("K5",),
         where="deep",
-        waits_for="attention over padded reads",
+        waits_for="attention in floating point",
     ),
     Mutant(
         "MK11",
@@ -115,6 +116,14 @@ MUTANTS: tuple[Mutant, ...] = (
         where="device",
         edits=(Edit(_PREFILL, "logical = first + nth", "logical = first"),),
         driver="device-starved",
+    ),
+    Mutant(
+        "MK16",
+        "Attention leaves out the newest token.",
+        ("K1", "K3", "O2"),
+        where="device",
+        edits=(Edit(f"{_DECODER}._attend", "<= position[..., None]", "< position[..., None]"),),
+        driver="device-tiny",
     ),
     Mutant(
         "MK17",
@@ -181,6 +190,20 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         driver="device-int8",
+    ),
+    Mutant(
+        "MK23",
+        "Rope rounds to bfloat16 before it adds its two terms.",
+        ("K1", "K3", "O2"),
+        where="device",
+        edits=(
+            Edit(
+                f"{_DECODER}._rope",
+                "(a * cos - b * sin)",
+                "((a * cos).astype(jnp.bfloat16).astype(jnp.int32) - b * sin)",
+            ),
+        ),
+        driver="device-tiny",
     ),
     Mutant(
         "MK25",

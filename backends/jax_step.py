@@ -4,11 +4,8 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32, UInt32
 
 from backends.jax_reader import PageReader
+from backends.loading import load_function
 from backends.protocol import CacheSpec, ModelSpec
 from backends.words import scale_bits, stored_dtype
 from paged_attention.arrays import is_present
@@ -77,18 +75,10 @@ class RowFacts(NamedTuple):
 
 def load_writer(name: str) -> Writer:
     """The function that "module:function" names. ValueError: it cannot be imported, or is no function."""
-    module, _, function = name.partition(":")
-    # A kernel under test lies beside its scenario more often than in an installed package.
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        writer = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"writer {name!r} cannot be loaded (expected 'module:function'): {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    if not callable(writer):
-        raise ValueError(f"writer {name!r} is no function: found {type(writer).__name__}")
-    return cast("Writer", writer)
+        return cast("Writer", load_function(name))
+    except ValueError as error:
+        raise ValueError(f"writer {error}") from error
 
 
 def own_writer(view: PagedAttentionCacheView, key: Any, value: Any, attn_meta: Any) -> PagedAttentionCacheView:

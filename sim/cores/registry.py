@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Final, cast
+from typing import Final
 
+from backends.loading import load_function
 from sim.cores.protocol import CoreConfig, ServingCore
 
 GROUP: Final = "kvproof.cores"
@@ -28,12 +28,16 @@ def core_names() -> dict[str, str]:
 
 
 def core_factory(name: str) -> CoreFactory:
-    """The function that builds the core. UnknownCoreError: there is none, or its module is not there."""
+    """The function that builds the core: that of a registered name, or the one that "module:function" names.
+
+    UnknownCoreError: there is none, or its module is not there.
+    """
     names = core_names()
-    if name not in names:
-        raise UnknownCoreError(f"core.kind: there is no core '{name}'; there are: {', '.join(sorted(names))}")
-    module, _, attribute = names[name].partition(":")
+    if ":" not in name and name not in names:
+        raise UnknownCoreError(
+            f"core.kind: there is no core '{name}'; give 'module:function', or one of {', '.join(sorted(names))}"
+        )
     try:
-        return cast("CoreFactory", getattr(import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        raise UnknownCoreError(f"core.kind: '{name}' is registered as {names[name]}, but: {error}") from error
+        return load_function(names.get(name, name))
+    except ValueError as error:
+        raise UnknownCoreError(f"core.kind: {error}") from error

@@ -36,7 +36,9 @@ else:
 class CoreSettings(Section):
     """The serving core under test and its policy."""
 
-    kind: str = Field(default="paged_attention", min_length=1, description="Name in the group kvproof.cores.")
+    kind: str = Field(
+        default="paged_attention", min_length=1, description="Name in the group kvproof.cores, or module:function."
+    )
     batch_size: Count = Field(description="Decode slots.")
     prefill_chunk: Count = Field(description="Prompt tokens that one step prefills at most.")
     preemption: Literal["none", "recompute"] = Field(

@@ -113,6 +113,8 @@ class World:
     flights: deque[Flight] = field(default_factory=deque[Flight])
     dead: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     """Admissions that ended on the device with an EOS that the host may not have seen."""
+    now_ns: int = 0
+    """Virtual time: one nanosecond a move."""
     crash: str = ""
 
     @property
@@ -149,6 +151,7 @@ def move(world: World, action: Action, *, all_eos: bool) -> list[tuple[Action, C
 
     Whatever the core raises ends this branch as a crash.
     """
+    world.now_ns += 1
     try:
         return _MOVES[action.what](world, action, all_eos)
     except Exception as error:
@@ -163,10 +166,10 @@ def _submit(world: World, action: Action, all_eos: bool) -> list[Any]:
     try:
         effects = world.core.submit(request)
     except ValueError as error:
-        world.auditor.submitted(0, request, (), str(error))
+        world.auditor.submitted(world.now_ns, request, (), str(error))
         return []
     world.asked[request.id] = Asked((prompt, output))
-    world.auditor.submitted(0, request, effects, None)
+    world.auditor.submitted(world.now_ns, request, effects, None)
     return []
 
 
@@ -174,16 +177,16 @@ def _cancel(world: World, action: Action, all_eos: bool) -> list[Any]:
     request = action.which[0]
     effects = world.core.cancel(request)
     del world.asked[request]
-    world.auditor.cancelled(0, request, effects)
+    world.auditor.cancelled(world.now_ns, request, effects)
     return []
 
 
 def _plan(world: World, action: Action, all_eos: bool) -> list[Any]:
     plan = world.core.plan()
     if plan is None:
-        world.auditor.idle(0, world.core.snapshot)
+        world.auditor.idle(world.now_ns, world.core.snapshot)
         return []
-    world.auditor.planned(0, plan, world.core.snapshot)
+    world.auditor.planned(world.now_ns, plan, world.core.snapshot)
     alive = [(r, a) not in world.dead for r, a in zip(plan.request.tolist(), plan.admission.tolist(), strict=True)]
     choosers = [row for row, lives in enumerate(alive) if lives and plan.samples[row]]
     if action.which or not all_eos:
@@ -207,7 +210,7 @@ def _dispatch(world: World, plan: StepPlan, alive: list[bool], eos: frozenset[in
             token[row] = EOS_TOKEN if row in eos else ANY_TOKEN
             if row in eos:
                 world.dead.add((int(plan.request[row]), int(plan.admission[row])))
-    world.auditor.dispatched(0, plan, None, None)
+    world.auditor.dispatched(world.now_ns, plan, None, None)
     world.flights.append(Flight(plan, StepOutcome(plan.step, token, ends)))
 
 
@@ -215,16 +218,16 @@ def _fail(world: World, action: Action, all_eos: bool) -> list[Any]:
     plan = world.core.plan()
     if plan is None:
         return []
-    world.auditor.planned(0, plan, world.core.snapshot)
-    world.auditor.abandoned(0, plan.step, world.core.abandon(plan.step))
+    world.auditor.planned(world.now_ns, plan, world.core.snapshot)
+    world.auditor.abandoned(world.now_ns, plan.step, world.core.abandon(plan.step))
     return []
 
 
 def _apply(world: World, action: Action, all_eos: bool) -> list[Any]:
     flight = world.flights.popleft()
-    world.auditor.executed(0, flight.plan, flight.outcome)
+    world.auditor.executed(world.now_ns, flight.plan, flight.outcome)
     effects = world.core.apply(flight.outcome)
-    world.auditor.applied(0, flight.plan.step, effects, world.core.snapshot)
+    world.auditor.applied(world.now_ns, flight.plan.step, effects, world.core.snapshot)
     for request, token in zip(flight.plan.request.tolist(), flight.outcome.token.tolist(), strict=True):
         if token != UNKNOWN_TOKEN and request in world.asked:
             world.asked[request].tokens += 1
@@ -258,7 +261,7 @@ def judge_end(world: World) -> None:
     """What must hold once everybody is gone."""
     try:
         pending = world.core.pending()
-        world.auditor.finished(0, pending, world.core.snapshot, None, Totals(0, 0, 0, 0, 0, 0))
+        world.auditor.finished(world.now_ns, pending, world.core.snapshot, None, Totals(0, 0, 0, 0, 0, 0))
     except Exception as error:
         world.crash = f"{type(error).__name__}: {error}"
 

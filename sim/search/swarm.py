@@ -8,11 +8,13 @@ Testing", ISSTA 2012). Everything comes out spelled out: a scenario needs no gen
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 from sim.scenario import Scenario
 
+T = TypeVar("T")
 PAGE_SIZES: Final = (1, 2, 3, 4, 5, 8)
 CHUNKS: Final = (1, 2, 3, 4, 5, 7, 8, 16)
 MIXES: Final = ("mixed", "prefill_first", "decode_first")
@@ -39,9 +41,33 @@ class Limits:
     """Of a sequence, in tokens."""
 
 
-def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = Limits()) -> Scenario:
+DEFAULT_LIMITS: Final = Limits()
+
+
+class Source(Protocol):
+    """Where choices come from: Python's generator, or the bytes of a tape."""
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        ...
+
+    def randint(self, a: int, b: int) -> int:
+        """A whole number from a to b."""
+        ...
+
+    def choice(self, seq: Sequence[T]) -> T:
+        """One of them."""
+        ...
+
+
+def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = DEFAULT_LIMITS) -> Scenario:
     """Scenario `number` of the search with this seed; the same on every machine."""
-    source = random.Random(f"{seed}:{number}")  # Python's own: thirty small draws cost a tenth of NumPy's
+    # Python's own generator: thirty small draws cost a tenth of NumPy's.
+    return scenario_from(random.Random(f"{seed}:{number}"), f"fuzz-{seed}-{number}", backend=backend, limits=limits)
+
+
+def scenario_from(source: Source, name: str, *, backend: str = "none", limits: Limits = DEFAULT_LIMITS) -> Scenario:
+    """A scenario drawn from any source of choices."""
     sizes = _device_sizes(source) if backend == "jax" else _host_sizes(source, limits)
     weights = _weights(source)
     requests = _requests(source, weights, sizes, limits)
@@ -58,22 +84,24 @@ def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = Limi
         cache |= {"layers": 2, "kv_heads": 2, "head_dim": 8}
     return Scenario.model_validate(
         {
-            "name": f"fuzz-{seed}-{number}",
-            "seed": source.randrange(2**31),
+            "name": name,
+            "seed": source.randint(0, 2**31 - 1),
             "core": core,
             "cache": cache,
             "backend": {"kind": backend},
             "workload": {"arrivals": {"kind": "script", "requests": requests}},
             "cost": {"kind": "fixed", "step_ns": 1000},
             "faults": _faults(source, weights, requests),
-            "invariants": {"full_every": source.choice((1, 4, 16))},
+            "invariants": {"full_every": source.choice((16, 4, 1))},
             "expect": {"violations": 0, "rejected": {"min": 0}},
         }
     )
 
 
-def _host_sizes(source: random.Random, limits: Limits) -> dict[str, int]:
+def _host_sizes(source: Source, limits: Limits) -> dict[str, int]:
     page_size = source.choice(PAGE_SIZES)
+    if source.random() < 0.02:
+        return _wide_sizes(source)
     extreme = source.random() < 0.2
     num_pages = source.choice((2, 3, limits.max_pages)) if extreme else source.randint(3, limits.max_pages)
     room = (num_pages - 1) * page_size
@@ -87,20 +115,29 @@ def _host_sizes(source: random.Random, limits: Limits) -> dict[str, int]:
     }
 
 
-def _device_sizes(source: random.Random) -> dict[str, int]:
+def _wide_sizes(source: Source) -> dict[str, int]:
+    """More pages than a byte counts, so small that all of them come round."""
+    return {
+        "page_size": 1,
+        "num_pages": source.randint(257, 300),
+        "max_sequence_length": 40,
+        "batch_size": 8,
+        "prefill_chunk": 16,
+    }
+
+
+def _device_sizes(source: Source) -> dict[str, int]:
     return dict(source.choice(DEVICE_GEOMETRIES))
 
 
-def _weights(source: random.Random) -> dict[str, float]:
+def _weights(source: Source) -> dict[str, float]:
     """How likely each kind of operation is; 0: it is off in this scenario."""
     if source.random() < 0.5:
         return dict.fromkeys(KINDS, 1.0)
     return {kind: source.choice((0.0, 0.0, 0.5, 1.0, 4.0)) for kind in KINDS}
 
 
-def _requests(
-    source: random.Random, weights: dict[str, float], sizes: dict[str, int], limits: Limits
-) -> list[dict[str, Any]]:
+def _requests(source: Source, weights: dict[str, float], sizes: dict[str, int], limits: Limits) -> list[dict[str, Any]]:
     longest = min(sizes["max_sequence_length"], (sizes["num_pages"] - 1) * sizes["page_size"])
     requests: list[dict[str, Any]] = []
     step = 0
@@ -116,24 +153,29 @@ def _requests(
     return requests
 
 
-def _lengths(
-    source: random.Random, weights: dict[str, float], longest: int, page_size: int, chunk: int
-) -> tuple[int, int]:
+def _lengths(source: Source, weights: dict[str, float], longest: int, page_size: int, chunk: int) -> tuple[int, int]:
     if source.random() < 0.04 * weights["too_long"]:
         return source.choice(((0, 1), (longest + 1, 1), (1, 0), (longest, longest)))
     edge = source.choice((page_size, chunk, 2 * page_size)) + source.choice((-1, 0, 1))
     short = source.randint(1, max(1, longest // 4))
     long = source.randint(1, longest)
-    prompt = source.choices((short, long, edge), (1.0, weights["long_prompt"], 1.0))[0]
+    prompt = _weighted(source, (short, long, edge), (1.0, weights["long_prompt"], 1.0))
     prompt = min(max(1, prompt), longest)
     room = longest - prompt + 1
-    output = source.choices(
-        (source.randint(1, max(1, room // 3)), room, 1), (1.0, weights["long_output"], 0.3 * weights["one_token"])
-    )[0]
-    return prompt, output
+    usual = source.randint(1, max(1, room // 3))
+    return prompt, _weighted(source, (usual, room, 1), (1.0, weights["long_output"], 0.3 * weights["one_token"]))
 
 
-def _faults(source: random.Random, weights: dict[str, float], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _weighted(source: Source, values: tuple[int, ...], weights: tuple[float, ...]) -> int:
+    target = source.random() * sum(weights)
+    for value, weight in zip(values, weights, strict=True):
+        target -= weight
+        if target < 0:
+            return value
+    return values[0]
+
+
+def _faults(source: Source, weights: dict[str, float], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     faults: list[dict[str, Any]] = []
     horizon = requests[-1]["at_step"] + 6 * len(requests)
     for number, request in enumerate(requests):

@@ -130,7 +130,11 @@ def test_a_missed_latency_objective_alone_exits_with_4(kvproof: Any, scenario: P
 USER_ERRORS: dict[str, tuple[list[str], int, str]] = {
     "no scenario": (["run", "missing.yaml"], 2, "missing.yaml: no such file"),
     "unknown key": (["run", "small.yaml", "--set", "core.lagg=1"], 2, "did you mean 'lag'?"),
-    "unknown core": (["run", "small.yaml", "--set", "core.kind=mine"], 2, "there is no core 'mine'; there are: paged"),
+    "unknown core": (
+        ["run", "small.yaml", "--set", "core.kind=mine"],
+        2,
+        "there is no core 'mine'; give 'module:function', or one of paged",
+    ),
     "unknown option": (["run", "small.yaml", "--set", "core.options={x: 1}"], 2, "core.options"),
     "unknown mutant": (["run", "small.yaml", "--set", "plant=leak"], 2, "there is no mutant 'leak'"),
     "unknown backend": (["run", "small.yaml", "--set", "backend.kind=mine"], 6, "none, numpy"),

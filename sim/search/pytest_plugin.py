@@ -1,0 +1,83 @@
+"""The pytest plugin `kvproof`: fuzzes a core of your own.
+
+    pytest -p kvproof --kvproof-core my.module:build
+
+adds two tests: the state machine, and whole scenarios out of byte tapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of this plugin."""
+    group = parser.getgroup("kvproof")
+    group.addoption("--kvproof-core", metavar="MODULE:FUNCTION", help="Fuzz the core that this function makes.")
+    group.addoption("--kvproof-examples", type=int, default=100, metavar="N", help="Examples for each test [100].")
+
+
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Add the tests of the core that was named."""
+    name = config.getoption("--kvproof-core")
+    if name:
+        for kind in ("stateful", "scenarios"):
+            item: Any = CoreTest.from_parent(session, name=f"kvproof-{kind}[{name}]", kind=kind, core=str(name))
+            items.append(item)
+
+
+class CoreTest(pytest.Item):
+    """One way of fuzzing the named core."""
+
+    def __init__(self, *, kind: str, core: str, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._kind, self._core = kind, core
+
+    def runtest(self) -> None:
+        """Fuzz. UsageError: the core cannot be loaded."""
+        from sim.cores.registry import UnknownCoreError, core_factory
+
+        try:
+            factory = core_factory(self._core)
+        except UnknownCoreError as error:
+            raise pytest.UsageError(f"--kvproof-core: {error}") from None
+        examples: int = self.config.getoption("--kvproof-examples", 100)
+        if self._kind == "stateful":
+            from sim.search.stateful import kvproof_stateful
+
+            kvproof_stateful(factory, max_examples=examples)("runTest").runTest()
+        else:
+            _whole_scenarios(self._core, examples)
+
+    def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
+        """What broke and how to see it again; the way there only with --full-trace."""
+        if self.config.getoption("fulltrace"):
+            return super().repr_failure(excinfo, style)
+        notes = "\n".join(getattr(excinfo.value, "__notes__", ()))
+        return f"{excinfo.value}\n{notes}".rstrip()
+
+    def reportinfo(self) -> tuple[str, None, str]:
+        """Where the test stands in a report."""
+        return self._core, None, self.name
+
+
+def _whole_scenarios(core: str, examples: int) -> None:
+    from hypothesis import given, settings
+
+    from sim.scenario import Scenario
+    from sim.search.failure import minimal_yaml
+    from sim.search.probe import probe
+    from sim.search.stateful import BrokenError
+    from sim.search.tape import scenarios
+
+    @settings(max_examples=examples, deadline=None, report_multiple_bugs=False)
+    @given(scenarios())
+    def every_scenario_holds(scenario: Scenario) -> None:
+        own = scenario.model_copy(update={"core": scenario.core.model_copy(update={"kind": core})})
+        finding = probe(own)
+        if finding.id:
+            raise BrokenError(f"{finding.message}\n\n{minimal_yaml(own)}")
+
+    every_scenario_holds()

@@ -45,6 +45,7 @@ TestOwnCore = kvproof_stateful(build, max_examples=15, steps=25)
 TestOwnPageManager = page_manager_stateful(manager, max_examples=40, steps=30)
 
 
+@pytest.mark.slow
 def test_the_state_machine_finds_a_planted_bug() -> None:
     with planted(find_mutant("MP04")), pytest.raises(BrokenError, match="P2 at step"):
         kvproof_stateful(build, max_examples=30, steps=8)("runTest").runTest()
@@ -68,6 +69,7 @@ def test_the_empty_tape_is_the_simplest_scenario() -> None:
     assert len(simplest.workload.arrivals.requests) == 1
 
 
+@pytest.mark.slow
 def test_hypothesis_shrinks_a_tape_to_a_small_scenario() -> None:
     def breaks(scenario: Scenario) -> bool:
         return probe(scenario.model_copy(update={"plant": "MP04"})).id != ""

@@ -23,8 +23,8 @@ from paged_attention.plan import EFFECT_KINDS, Effect, StepOutcome, StepPlan
 
 DIGEST_BYTES: Final = 8
 WHOLE_TABLE_EVERY: Final = 8
-"""Tables of more than SMALL_TABLE entries go in at every n-th step only: see `TraceHash.plan`."""
-SMALL_TABLE: Final = 512
+"""Tables of more than FEW_ROWS rows go in at every n-th step only: see `TraceHash.plan`."""
+FEW_ROWS: Final = 16
 
 _KIND_CODE = {kind: code for code, kind in enumerate(EFFECT_KINDS)}
 _PLAN, _OUTCOME, _ABANDONED, _REFUSED = range(4)
@@ -70,8 +70,9 @@ class TraceHash:
         other pages is the auditor's finding. So a big table, ten times the rest, goes in now and then only.
         """
         check = crc32(plan.tokens.tobytes())
-        if plan.table.size <= SMALL_TABLE or plan.step % WHOLE_TABLE_EVERY == 0:
-            check = crc32(plan.table.tobytes(), check)
+        if plan.num_rows <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
+            # How far a table is padded is the core's own business.
+            check = crc32(plan.table[:, : plan.num_pages.max(initial=0)].tobytes(), check)
         rows = (plan.request, plan.admission, plan.slot, plan.start, plan.count, plan.samples, plan.num_pages)
         self._parts.append(_HEAD.pack(_PLAN, plan.step, plan.num_rows, _crc(rows, check)))
         self.effects(plan.effects)

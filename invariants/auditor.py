@@ -91,17 +91,14 @@ class Auditor:
         self._rows_on = findings.any_on((*ROW_FAMILY, "R1", "R2"))
         self._planned = 0
         self._blocked = -1
+        self.violations: list[Violation] = findings.violations
+        """What was found so far, oldest first; at most `max_violations`."""
         self._whole = False
         """The run came to its own end."""
 
-    @property
-    def violations(self) -> list[Violation]:
-        """What was found so far, oldest first; at most `max_violations`."""
-        return self._findings.violations
-
     def counters(self) -> dict[str, dict[str, int]]:
         """For each invariant that is on: how often it was checked, non-trivially checked, and violated."""
-        for judge in (self._rows, self._outputs, self._pages, self._liveness, self._metrics):
+        for judge in (self._life, self._rows, self._outputs, self._pages, self._liveness, self._metrics):
             judge.settle_counts()
         return self._findings.counters()
 
@@ -128,16 +125,18 @@ class Auditor:
         findings.step, findings.time_ns = plan.step, now_ns
         life.begin_plan()
         life.follow(plan.effects, "plan")
-        self._pages.settled(fences=False)
-        self._metrics.planned_tokens += plan.num_tokens
+        if self._pages.due:
+            self._pages.settled(fences=False)
+        self._metrics.planned_tokens += len(plan.tokens)
         if not self._schedule.well_formed(plan):
             return  # Its rows cannot be read: nothing can be followed until the next step.
         judge = self._rows_on and self._planned % self.config.every == 0
         flight, progress = self._rows.follow(plan, judge=judge)
         ledger.flights[plan.step] = flight
-        self._judge_sizes(plan.step)
+        if life.granted or self._rows.in_step is not None:
+            self._judge_sizes(plan.step)
         self._schedule.judge(plan, flight.first, self._rows.in_step)
-        self._liveness.planned(plan.num_rows, progress=progress)
+        self._liveness.planned(len(plan.request), progress=progress)
         newly_blocked = self._schedule.blocked not in {-1, self._blocked}
         self._blocked = self._schedule.blocked
         failed = newly_blocked or bool(life.preempted)
@@ -213,11 +212,14 @@ class Auditor:
                 live.sampled_admission = admission.number
                 if live.first_token_ns is None:
                     self._metrics.first_token(live, now_ns)
-        self._outputs.begin_apply(flight)
+        if flight.draining or flight.eos:
+            self._outputs.begin_apply(flight)
         self._pages.begin_apply(flight.eos)
         self._life.follow(effects, "apply")
-        self._outputs.end_apply()
-        self._pages.settled(fences=True)
+        if self._outputs.due:
+            self._outputs.end_apply()
+        if self._pages.due or self._ledger.pool.fences:
+            self._pages.settled(fences=True)
         # With full checks in every step the state is seen before and after; else a plan's snapshot shows the same.
         if snapshot is not None and self.config.full_every == 1:
             self._snapshots.judge(snapshot(), after_failure=False)

@@ -56,10 +56,8 @@ class Ledger:
         self.turn = 0
         self.lead = np.zeros(slots, np.int32)
         """c(r) - turn of a slot that runs, c(r) of any other."""
-        self.ends = Calendar()
-        """When a running slot has had its last row."""
-        self.full = Calendar()
-        """When the pages of a running slot are full: at its next row it needs another one."""
+        self.ends, self.full = Calendar(), Calendar()
+        """When a running slot has had its last row, and when its pages are full: at its next row it needs another."""
         self.odd_sizes = False
         """In the plan at hand a slot was given pages that its next row does not need."""
         self.num_pages = np.zeros(slots, np.int32)
@@ -68,8 +66,7 @@ class Ledger:
         self.table = np.zeros((slots, max(width, 1)), np.int32)
         # Lazily backed by the system: only rows that are used cost memory.
         self.tokens = np.zeros((slots, policy.max_sequence_length + 2), np.int32)
-        self.flat_tokens = self.tokens.reshape(-1)
-        self.flat_table = self.table.reshape(-1)
+        self.flat_tokens, self.flat_table = self.tokens.reshape(-1), self.table.reshape(-1)
         self.running = np.zeros(0, np.intp)
         self.running_key = (b"", b"", b"")
         self.start = np.zeros(0, np.int32)
@@ -179,8 +176,9 @@ class Ledger:
 
     def advance(self) -> None:
         """Every running sequence is one token further."""
-        for slot in tuple(self.full.due(self.turn)):
+        for slot in self.full.due(self.turn):
             self.full.note(slot, self.turn + 1)
+        self.full.over(self.turn)
         self.turn += 1
         self.start, self.fed_at, self.at = self.start + _ONE, self.at, self.at + _ONE
 

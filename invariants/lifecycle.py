@@ -71,6 +71,7 @@ class LifeJudge:
         """Admitted in the plan at hand."""
         self.joined: list[Live] = []
         self.preempted: list[Live] = []
+        self.moves = 0
         self.granted: list[tuple[Live, Admission]] = []
         """Given pages in the plan at hand, outside a slot."""
         self.changed: set[int] = set()
@@ -168,6 +169,11 @@ class LifeJudge:
                 found="nothing given back",
             )
 
+    def settle_counts(self) -> None:
+        """Move the bulk counter into the counters."""
+        self.findings.counts["S7"].add(self.moves, self.moves)
+        self.moves = 0
+
     def begin_plan(self) -> None:
         """Forget what happened in the plan before."""
         self.admitted.clear()
@@ -179,7 +185,7 @@ class LifeJudge:
         """Judge effects in their order, and let the ledger follow."""
         if not effects:
             return
-        self.findings.counts["S7"].add(len(effects), len(effects))
+        self.moves += len(effects)
         for effect in effects:
             kind = effect.kind
             if call not in DECLARED_CALLS[kind]:

@@ -135,11 +135,12 @@ class MetricJudge:
     def measured(self, gauges: tuple[int, ...], flight: Flight, preemptions: int) -> None:
         """M3, M6, M7: the recorder's gauges are the auditor's."""
         ledger, pool, plan = self.ledger, self.ledger.pool, flight.plan
-        prefill = plan.num_tokens - (plan.num_rows - flight.first)
+        tokens = len(plan.tokens)
+        prefill = tokens - (len(plan.request) - flight.first)
         waiting = len(ledger.waiting)
         mine = (
             prefill,
-            plan.num_tokens - prefill,
+            tokens - prefill,
             len(ledger.live) - waiting,
             waiting,
             len(ledger.occupant) - ledger.num_free_slots,

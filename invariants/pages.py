@@ -35,8 +35,7 @@ class PageJudge:
             self.fence_pages += size
         self.growths += effect.first_page > 0
         # Whatever stands in the queue of free pages is free, once, and in range: only its order is left to compare.
-        if effect.first_page == len(admission.pages) and pool.order.take_next(pages):
-            pool.hold(admission, pages)
+        if effect.first_page == len(admission.pages) and pool.take_next(admission, pages):
             self.ledger.grow(admission, pages)
         elif size:
             self._judge_grant(effect, admission)

@@ -43,20 +43,6 @@ class FreeOrder:
         elif page in self.pages:
             self.pages.remove(page)
 
-    def take_next(self, pages: Sequence[int]) -> bool:
-        """Strike out pages if they are exactly the next ones of a first-in-first-out queue; else change nothing."""
-        if self.order != "fifo":
-            return False
-        queue = self.pages
-        if len(pages) == 1 and queue and queue[0] == pages[0]:
-            queue.popleft()
-            return True
-        if tuple(islice(queue, len(pages))) != pages:
-            return False
-        for _ in pages:
-            queue.popleft()
-        return True
-
     def take_all(self, pages: Sequence[int]) -> tuple[int, int] | None:
         """Strike out pages one after another; the first (expected, found) that was out of turn."""
         wrong = None
@@ -115,6 +101,22 @@ class Pool:
     def fenced_pages(self) -> set[int]:
         """Every page that waits for a step in flight."""
         return {page for _, pages in self.fences.values() for page in pages}
+
+    def take_next(self, admission: Admission, pages: Sequence[int]) -> bool:
+        """Pages belong to an admission, if they are exactly the next of a first-in-first-out queue; else nothing."""
+        order, holder = self.order, self.holder
+        if order.order != "fifo":
+            return False
+        queue = order.pages
+        if len(pages) == 1 and queue and queue[0] == pages[0]:
+            holder[queue.popleft()] = admission
+            return True
+        if tuple(islice(queue, len(pages))) != pages:
+            return False
+        for page in pages:
+            queue.popleft()
+            holder[page] = admission
+        return True
 
     def hold(self, admission: Admission, pages: Iterable[int]) -> None:
         """Pages belong to an admission from now on."""

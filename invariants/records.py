@@ -64,21 +64,18 @@ class Live:
     """The newest step with a prefill row of it."""
     progress_at: int = -1
     """The progress count at its last preemption."""
+    id: int = field(init=False)
+    prompt: int = field(init=False)
+    """Prompt tokens."""
 
-    @property
-    def id(self) -> int:
-        """The request's id."""
-        return self.request.id
+    def __post_init__(self) -> None:
+        """Asked for at every event, so kept."""
+        self.id, self.prompt = self.request.id, len(self.request.prompt)
 
     @property
     def first_outcome_seen(self) -> bool:
         """Whether the first token of this admission is known to the host."""
         return self.sampled_admission == self.admissions
-
-    @property
-    def prompt(self) -> int:
-        """Prompt tokens."""
-        return len(self.request.prompt)
 
 
 @dataclass(slots=True, eq=False)

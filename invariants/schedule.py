@@ -85,11 +85,12 @@ class ScheduleJudge:
         if self.life.preempted:
             self._judge_after_preemption(plan)
             return
-        active = prefills + len(self._stalled())
+        stalled = self._stalled() if self.ledger.prefill else []
+        active = prefills + len(stalled)
         for live in self.life.admitted:
             self._judge_admitted(live, active)
         if self.strict:
-            self._judge_idle_work(active, decodes)
+            self._judge_idle_work(stalled, active, decodes)
 
     def abandoned(self) -> None:
         """The newest plan never ran: nobody waited in it."""
@@ -159,11 +160,11 @@ class ScheduleJudge:
         """Prefills that have begun, are not done, and have no row in this step."""
         return [live for live in self.ledger.prefill.values() if live.prefill_step != self.findings.step]
 
-    def _judge_idle_work(self, active: int, decodes: frozenset[int] | None) -> None:
+    def _judge_idle_work(self, stalled: list[Live], active: int, decodes: frozenset[int] | None) -> None:
         ledger, policy = self.ledger, self.ledger.policy
         num_decodes = len(ledger.running) if decodes is None else len(decodes)
         who, lazy = -1, ""
-        for live in self._stalled():
+        for live in stalled:
             who, lazy = live.id, self._could_run(live)
             if lazy:
                 break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
@@ -44,7 +46,7 @@ class SnapshotJudge:
         size = pool.num_pages
         owned = {key: pages.tolist() for key, pages in snapshot.pages.items() if len(pages)}
         free, fenced = snapshot.free.tolist(), snapshot.fenced.tolist()
-        everywhere = [*free, *fenced, *(p for pages in owned.values() for p in pages)]
+        everywhere = [*free, *fenced, *chain.from_iterable(owned.values())]
         findings.counts["P1"].add(size - 1, size - 1)
         findings.counts["P2"].add(1, 1)
         findings.counts["P3"].add(1, 1)

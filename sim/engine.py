@@ -100,6 +100,7 @@ class Engine:
         self._backend = parts.backend
         self._recorder = parts.recorder
         self._auditor = parts.auditor
+        self._violations = parts.auditor.violations if parts.auditor is not None else []
         self._observers = parts.observers
         self._stop_at_first = stop_at_first
         self._progress = progress
@@ -126,7 +127,8 @@ class Engine:
     @property
     def now_ns(self) -> int:
         """Simulated time."""
-        return int(self._env.now)
+        now: Any = self._env.now
+        return now
 
     def run(self) -> None:
         """Simulate. Whatever a part raises comes out unchanged; what was recorded until then stays."""
@@ -259,7 +261,7 @@ class Engine:
     def _stopped(self) -> bool:
         if self._error is not None:
             return True
-        return self._stop_at_first and self._auditor is not None and bool(self._auditor.violations)
+        return self._stop_at_first and bool(self._violations)
 
     def _snapshot(self) -> CoreSnapshot:
         return _ask(self._num_plans, self._core.snapshot)
@@ -273,7 +275,8 @@ class Engine:
         """Plan and dispatch until `lag + 1` steps are in flight, nothing can run, or a step fails."""
         while len(self._flights) < self._depth and not self._failed_ns and not self._stopped():
             self._checkpoint()
-            self._submit_until(self._num_plans)
+            if self._due_steps:
+                self._submit_until(self._num_plans)
             for request in self._parts.faults.take_cancels(self._num_plans):
                 self._cancel(request)
             plan = _ask(self._num_plans, self._core.plan)
@@ -337,8 +340,9 @@ class Engine:
             self._auditor.applied(now_ns, plan.step, effects, self._snapshot)
         for observer in self._observers:
             observer.applied(now_ns, plan.step, effects)
-        self._count_ends(effects)
-        self._feed()
+        if effects:
+            self._count_ends(effects)
+            self._feed()
         if self._progress is not None and self._recorder.steps % PROGRESS_EVERY_STEPS == 0:
             self._report()
 

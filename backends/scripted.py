@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt32
-from numpy import add, bitwise_xor, multiply, remainder, right_shift
+from numpy import add, bitwise_xor, multiply, remainder
 
 from paged_attention.fingerprint import GOLDEN, mix32
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, ModelRows, StepOutcome, StepPlan
 
-ONE, FIFTEEN, SIXTEEN, FIRST_FACTOR, SECOND_FACTOR = (
-    np.array(constant, np.uint32) for constant in (1, 15, 16, 0x7FEB352D, 0x846CA68B)
-)
+ONE, FACTOR = np.array(1, np.uint32), np.array(GOLDEN, np.uint32)
+
+EVERY_ROW_SAMPLES = np.int32(1).tobytes()
+"""Of one row: it yields a token."""
 
 NO_EOS = np.int32(-1).tobytes()
 """Of one row: no EOS ends it."""
@@ -23,7 +24,7 @@ def dead_rows(plan: StepPlan, rows: ModelRows) -> Bool[np.ndarray, " rows"]:
 
 
 class TokenScript:
-    """`fingerprint.token` for a whole step in a dozen array operations: what depends on the position is a table."""
+    """`fingerprint.token` for a whole step in a few array operations: what depends on the position is a table."""
 
     def __init__(self, max_sequence_length: int, vocab_size: int) -> None:
         positions = np.arange(max_sequence_length + 1, dtype=np.uint32)
@@ -35,16 +36,11 @@ class TokenScript:
         self, seed: UInt32[np.ndarray, " rows"], position: Int32[np.ndarray, " rows"]
     ) -> Int32[np.ndarray, " rows"]:
         """The token at each position of a request with this sampling seed."""
-        # mix32 written out, in place and with constants of rank 0: small arrays cost by the call, and this runs once a
-        # step.
-        # As an index, int32 costs several times what intp does.
+        # In place and with constants of rank 0: small arrays cost by the call, and this runs once a step. As an index,
+        # int32 costs several times what intp does.
         x = self._mixed_position.take(position.astype(np.intp))
         bitwise_xor(x, seed, x)
-        bitwise_xor(x, right_shift(x, SIXTEEN), x)
-        multiply(x, FIRST_FACTOR, x)
-        bitwise_xor(x, right_shift(x, FIFTEEN), x)
-        multiply(x, SECOND_FACTOR, x)
-        bitwise_xor(x, right_shift(x, SIXTEEN), x)
+        multiply(x, FACTOR, x)
         remainder(x, self._num_words, x)
         add(x, ONE, x)
         return x.view(np.int32)
@@ -55,7 +51,7 @@ class TokenScript:
         token = self.tokens(rows.token_seed, position)
         if rows.eos_position.tobytes() != NO_EOS * len(token):
             return self._with_ends(plan, rows, position, token)
-        if np.count_nonzero(plan.samples) < len(token):
+        if plan.samples.tobytes() != EVERY_ROW_SAMPLES * len(token):
             token[plan.samples == 0] = UNKNOWN_TOKEN
         if len(self._zeros) < len(token):
             self._zeros = _read_only(np.zeros(2 * len(token), np.int32))

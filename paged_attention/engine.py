@@ -177,8 +177,9 @@ class PagedAttentionEngine:
             self._newest_can_go = False
             books.note_tokens(flight, outcome)
             effects: list[Effect] = []
-            # Asking first costs a fifth of what looking for none does.
-            for row in outcome.eos.nonzero()[0].tolist() if np.count_nonzero(outcome.eos) else ():
+            # Comparing bytes costs a tenth of what looking for none does.
+            some = outcome.eos.tobytes() != bytes(outcome.eos.nbytes)
+            for row in outcome.eos.nonzero()[0].tolist() if some else ():
                 sequence = books.sequence_of(flight, row)
                 if sequence is not None:
                     effects += books.end(sequence, "eos")

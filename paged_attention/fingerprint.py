@@ -78,7 +78,7 @@ def words(ids: Any, salt: Any, dtype: str, xp: ModuleType = np) -> Any:
 def token(seed: Any, position: Any, vocab_size: int, xp: ModuleType = np) -> Any:
     """The int32 token in 1 .. vocab_size - 1 that the scripted models yield at `position` of a request."""
     p = xp.asarray(position).astype(xp.uint32)
-    h = mix32(xp.asarray(seed).astype(xp.uint32) ^ mix32(p + xp.uint32(GOLDEN), xp), xp)
+    h = (xp.asarray(seed).astype(xp.uint32) ^ mix32(p + xp.uint32(GOLDEN), xp)) * xp.uint32(GOLDEN)
     return (xp.uint32(1) + h % xp.uint32(vocab_size - 1)).astype(xp.int32)
 
 

@@ -46,18 +46,19 @@ class EventLog:
     def planned(self, now_ns: int, plan: StepPlan) -> None:
         """See Observer."""
         self._step = plan.step
-        self._add(_plan_lines, now_ns, plan)
+        self._events.append((_plan_lines, (self._recorder.pages_free, now_ns, plan)))
 
     def idle(self, now_ns: int) -> None:
         """See Observer; an idle engine leaves no line."""
 
     def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
         """See Observer."""
-        self._add(_outcome_lines, now_ns, plan, outcome)
+        self._events.append((_outcome_lines, (self._recorder.pages_free, now_ns, plan, outcome)))
 
     def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        self._add(_applied_lines, now_ns, step, effects, self._recorder.hash.step_digests[-DIGEST_BYTES:])
+        free, digest = self._recorder.pages_free, self._recorder.hash.step_digests[-DIGEST_BYTES:]
+        self._events.append((_applied_lines, (free, now_ns, step, effects, digest)))
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""

@@ -153,7 +153,8 @@ class Recorder:
         """A step has been planned."""
         self.hash.plan(plan)
         self._preempted_now = 0
-        self._take(now_ns, plan.effects)
+        if plan.effects:
+            self._take(now_ns, plan.effects)
         num_tokens = len(plan.tokens)
         prefill_tokens = self._prefill_tokens(plan)
         # As an index, int32 costs several times what intp does.
@@ -195,8 +196,9 @@ class Recorder:
 
     def applied(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
         """The outcome of the step that was executed last has been applied."""
-        self.hash.effects(effects)
-        self._take(now_ns, effects)
+        if effects:
+            self.hash.effects(effects)
+            self._take(now_ns, effects)
         self.hash.close_step()
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
@@ -265,13 +267,12 @@ class Recorder:
     def _prefill_tokens(self, plan: StepPlan) -> int:
         """Tokens of the prefill rows, which come first; counts those among them that an earlier admission wrote."""
         total = 0
-        for row in range(plan.num_rows):
-            if plan.slot.item(row) >= 0:
-                break
-            start, count = plan.start.item(row), plan.count.item(row)
+        row, rows = 0, len(plan.slot)
+        while row < rows and plan.slot.item(row) < 0:
+            start, count, request = plan.start.item(row), plan.count.item(row), plan.request.item(row)
+            row += 1
             total += count
-            request: int = plan.request.item(row)
-            below = self._rows.recomputed_below[request]
+            below: int = self._rows.recomputed_below[request]
             self.recomputed_tokens += min(max(below - start, 0), count)
         return total
 
@@ -299,9 +300,11 @@ class Recorder:
 
     def _take(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
         for effect in effects:
-            kind = effect.kind
+            kind, pages = effect.kind, effect.pages
             if kind == "allocated":
-                self.pages_owned += self._pages(now_ns, effect.pages, effect.request)
+                self._page_moves.extend((now_ns, effect.request, len(pages)))
+                self._page_ids.extend(pages)
+                self.pages_owned += len(pages)
             elif kind == "freed":
                 self._freed(now_ns, effect)
             elif kind == "unfenced":

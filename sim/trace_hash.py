@@ -16,9 +16,6 @@ from struct import Struct
 from typing import Final
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
-
 from paged_attention.plan import EFFECT_KINDS, Effect, StepOutcome, StepPlan
 
 DIGEST_BYTES: Final = 8
@@ -39,10 +36,6 @@ def pack_effects(effects: Iterable[Effect]) -> bytes:
         reason_code = crc32(reason.encode()) if reason else 0
         words += (_KIND_CODE[kind], request, admission, slot, first_page, len(pages), reason_code, *pages)
     return array("q", words).tobytes()
-
-
-def _crc(columns: tuple[NDArray[np.int32], ...], before: int = 0) -> int:
-    return crc32(b"".join([column.tobytes() for column in columns]), before)
 
 
 class TraceHash:
@@ -69,17 +62,27 @@ class TraceHash:
         The pages of each row follow from the effects and `num_pages`, which always go in; a core whose table shows
         other pages is the auditor's finding. So a big table, ten times the rest, goes in now and then only.
         """
-        check = crc32(plan.tokens.tobytes())
-        if plan.num_rows <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
+        columns = (
+            plan.tokens.tobytes(),
+            plan.request.tobytes(),
+            plan.admission.tobytes(),
+            plan.slot.tobytes(),
+            plan.start.tobytes(),
+            plan.count.tobytes(),
+            plan.samples.tobytes(),
+            plan.num_pages.tobytes(),
+        )
+        check = crc32(b"".join(columns))
+        if len(plan.request) <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
             # How far a table is padded is the core's own business.
             check = crc32(plan.table[:, : plan.num_pages.max(initial=0)].tobytes(), check)
-        rows = (plan.request, plan.admission, plan.slot, plan.start, plan.count, plan.samples, plan.num_pages)
-        self._parts.append(_HEAD.pack(_PLAN, plan.step, plan.num_rows, _crc(rows, check)))
-        self.effects(plan.effects)
+        self._parts.append(_HEAD.pack(_PLAN, plan.step, len(plan.request), check))
+        if plan.effects:
+            self._parts.append(pack_effects(plan.effects))
 
     def outcome(self, outcome: StepOutcome) -> None:
         """Take in the tokens that a step yielded."""
-        check = _crc((outcome.token, outcome.eos))
+        check = crc32(outcome.eos.tobytes(), crc32(outcome.token.tobytes()))
         self._parts.append(_HEAD.pack(_OUTCOME, outcome.step, len(outcome.token), check))
 
     def abandoned(self, step: int, effects: tuple[Effect, ...]) -> None:
@@ -89,18 +92,16 @@ class TraceHash:
 
     def close_step(self) -> None:
         """Keep the digest as it is after a step has been applied."""
-        self._flush()
+        self._hash.update(b"".join(self._parts))
+        self._parts.clear()
         self.step_digests += self._hash.digest()
 
     @property
     def hexdigest(self) -> str:
         """The hash of everything taken in so far."""
-        self._flush()
-        return self._hash.hexdigest()
-
-    def _flush(self) -> None:
         self._hash.update(b"".join(self._parts))
         self._parts.clear()
+        return self._hash.hexdigest()
 
 
 def first_difference(a: bytes | bytearray, b: bytes | bytearray) -> int | None:

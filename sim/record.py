@@ -268,6 +268,7 @@ class Recorder:
         """Tokens of the prefill rows, which come first; counts those among them that an earlier admission wrote."""
         total = 0
         row, rows = 0, len(plan.slot)
+        request: int
         while row < rows and plan.slot.item(row) < 0:
             start, count, request = plan.start.item(row), plan.count.item(row), plan.request.item(row)
             row += 1

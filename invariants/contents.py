@@ -63,6 +63,8 @@ class ContentJudge:
         self.on = findings.any_on(FAMILY)
         self.shadow: Places = np.zeros((ledger.policy.num_pages, ledger.page_size) if self.on else (1, 1), PLACE)
         self.decoder: Decoder | None = None
+        self.newest: Written | None = None
+        """What the newest step wrote."""
         self.opened = False
         self.joins = -1
         self.bases: NDArray[np.uint32] = np.zeros(ledger.policy.batch_size, np.uint32)
@@ -133,6 +135,7 @@ class ContentJudge:
         self._judge_unique(page, offset)
         written = Written(page, offset, self.shadow[page, offset], new)
         self.shadow[page, offset] = new
+        self.newest = written
         return written
 
     def _judge_unique(self, pages: Int32[ndarray, " places"], offsets: Int32[ndarray, " places"]) -> None:
@@ -209,7 +212,7 @@ class ContentJudge:
                 self._planned_place(place, self.decoder, planned)
             else:
                 self._other_place(place, self.decoder)
-            self._layers_agree(place, planned, self.decoder, device)
+            self._layers_agree(place, self.decoder, device)
 
     def _round_trip(self, place: WrongPlace, decoder: Decoder) -> None:
         said = self.shadow[place.page, place.offset]
@@ -271,14 +274,14 @@ class ContentJudge:
                     return f"request {live.id}, admission {number}, position {int(hits[0])}, which has no place now"
         return f"words {place.found[:4]} of no token that is known"
 
-    def _layers_agree(self, place: WrongPlace, planned: np.void | None, decoder: Decoder, device: Device) -> None:
+    def _layers_agree(self, place: WrongPlace, decoder: Decoder, device: Device) -> None:
         """K9: a place is right in every layer or wrong in every one."""
         if decoder.layers < 2 or "K9" not in self.findings.on:
             return
         at = np.array([place.page], np.int32), np.array([place.offset], np.int32)
         every = self._compare(at[0], at[1], device, decoder.layers * 2 * decoder.heads)
         bad = sorted({w.layer for w in every})
-        if len(bad) < decoder.layers and self._missed(place, bad, planned, decoder, device):
+        if len(bad) < decoder.layers and self._missed(place, bad, decoder, device):
             self.findings.breach(
                 "K9",
                 f"page {place.page}, offset {place.offset} is wrong in layers {bad} and right in the others of"
@@ -288,16 +291,21 @@ class ContentJudge:
                 found=f"layers {bad} differ",
             )
 
-    def _missed(
-        self, place: WrongPlace, bad: list[int], planned: np.void | None, decoder: Decoder, device: Device
-    ) -> bool:
+    def _missed(self, place: WrongPlace, bad: list[int], decoder: Decoder, device: Device) -> bool:
         """Whether some layers were written and others not: fingerprints cannot differ in some layers otherwise."""
         evidence = device.evidence(np.zeros(0, np.int32), np.array([place.page], np.int32))
         if not isinstance(decoder, OracleDecoder) or evidence is None:
             return True
         held = np.stack([evidence.keys, evidence.values], axis=1)[..., 0, place.offset, :]
         flat = self.shadow.reshape(-1)
-        return decoder.one_layer_missed(held, bad, planned, flat[flat["id"] != 0])
+        return decoder.one_layer_missed(held, bad, self._before(place), flat[flat["id"] != 0])
+
+    def _before(self, place: WrongPlace) -> np.void | None:
+        """What the shadow said of a place before the newest step wrote to it; None: it did not."""
+        if self.newest is None:
+            return None
+        at = np.flatnonzero((self.newest.pages == place.page) & (self.newest.offsets == place.offset))
+        return self.newest.before[at[0]] if len(at) else None
 
 
 def _tokens(request: object, admission: object, base: UInt32[ndarray, " n"], position: Int32[ndarray, " p"]) -> Places:

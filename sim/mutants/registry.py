@@ -9,6 +9,7 @@ from typing import Final
 
 from sim.mutants import (
     benign,
+    decoder,
     inputs,
     model_io,
     own,
@@ -38,6 +39,7 @@ FAMILIES: Final = (
     own,
     own_device,
     paired,
+    decoder,
     benign,
 )
 

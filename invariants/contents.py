@@ -305,7 +305,8 @@ class ContentJudge:
         if self.newest is None:
             return None
         at = np.flatnonzero((self.newest.pages == place.page) & (self.newest.offsets == place.offset))
-        return self.newest.before[at[0]] if len(at) else None
+        before: np.void | None = self.newest.before[int(at[0])] if len(at) else None  # pyright: ignore[reportAssignmentType]
+        return before
 
 
 def _tokens(request: object, admission: object, base: UInt32[ndarray, " n"], position: Int32[ndarray, " p"]) -> Places:

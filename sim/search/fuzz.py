@@ -6,17 +6,20 @@ takes every (J * N)-th one. A bug is told by the id of its first violation; each
 
 from __future__ import annotations
 
-import os
+import atexit
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
-from sim.mutants import CANARY
+from sim.mutants import CANARY, find_mutant, planted
+from sim.scenario import Scenario
 from sim.search.failure import write_failure_file
 from sim.search.probe import Finding, probe
 from sim.search.shrink import Shrunk, shrink
@@ -126,6 +129,12 @@ def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]
     result = FuzzResult(options, canary_caught=canary_is_caught(options.seed))
     if not result.canary_caught:
         return result
+    with planted(find_mutant(options.plant) if options.plant else None):
+        _search(options, out, result, progress)
+    return result
+
+
+def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Callable[[FuzzResult], None]) -> None:
     deadline = time.monotonic() + options.seconds
     for one in _slices(options, deadline):
         result.done[one.job] += one.done
@@ -134,15 +143,14 @@ def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]
         result.sometimes += one.sometimes
         for number, finding in one.found:
             if finding.id not in result.shrunk:
-                shrunk = shrink(_scenario(options, number))
+                shrunk = shrink(_scenario(options, number), is_planted=True)
                 result.shrunk[finding.id] = number, shrunk
                 result.files[finding.id] = out / f"{finding.id}.yaml"
                 write_failure_file(result.files[finding.id], shrunk)
         progress(result)
-    return result
 
 
-def _scenario(options: FuzzOptions, number: int) -> Any:
+def _scenario(options: FuzzOptions, number: int) -> Scenario:
     drawn = draw(options.seed, number, backend=options.backend)
     core = drawn.core.model_copy(update={"kind": options.core})
     return drawn.model_copy(update={"plant": options.plant, "core": core})
@@ -160,7 +168,8 @@ def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
             cursors[0], left[0] = cursors[0] + one.done * stride, _less(left[0], one.done)
             yield one
         return
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawn, initializer=_prepare, initargs=(options.plant,)) as pool:
         running: dict[Future[Slice], int] = {}
         idle = set(range(options.jobs))
         while True:
@@ -177,12 +186,14 @@ def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
                 yield one
 
 
-def _prepare() -> None:
+def _prepare(plant: str | None) -> None:
+    """Runs in each worker before its first turn."""
     # What the parent ignores, its children must: Ctrl-C is the parent's business.
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("XLA_FLAGS", "")
+    if plant is not None:
+        until_exit = ExitStack()
+        until_exit.enter_context(planted(find_mutant(plant)))
+        atexit.register(until_exit.close)
 
 
 def _before(options: FuzzOptions, job: int) -> int:
@@ -201,14 +212,14 @@ def _less(left: int | None, done: int) -> int | None:
 
 
 def work(options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | None, seconds: float) -> Slice:
-    """One job's turn: scenarios cursor, cursor + stride, ... until time or limit."""
+    """One job's turn: scenarios cursor, cursor + stride, ... until time or limit; the bug is planted already."""
     end, start = time.monotonic() + seconds, time.process_time()
     done = plans = 0
     found: dict[str, tuple[int, Finding]] = {}
     sometimes: Counter[str] = Counter()
     while (limit is None or done < limit) and (done == 0 or time.monotonic() < end):
         number = cursor + done * stride
-        finding = probe(_scenario(options, number))
+        finding = probe(_scenario(options, number), sometimes=sometimes, is_planted=True)
         done += 1
         plans += finding.plans
         if finding.id:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from backends.protocol import Backend
@@ -17,6 +19,7 @@ from sim.observer import Observer
 from sim.record import Recorder
 from sim.scenario import Scenario
 from sim.script import RequestScript
+from sim.sometimes import Sometimes
 from sim.workload import Workload, concrete_faults, generate, prompt_tokens
 
 CRASH = "crash"
@@ -39,15 +42,24 @@ class Finding:
     violation: Violation | None = None
 
 
-def probe(scenario: Scenario, *, core: CoreMaker | None = None, observers: Sequence[Observer] = ()) -> Finding:
+def probe(
+    scenario: Scenario,
+    *,
+    core: CoreMaker | None = None,
+    observers: Sequence[Observer] = (),
+    sometimes: Counter[str] | None = None,
+    is_planted: bool = False,
+) -> Finding:
     """Run a scenario to its first violation. Raises what `sim.run.run` raises before a run begins.
 
-    `core` makes the core under test; None: the one that the scenario names, with its planted bug.
+    `core` makes the core under test; None: the one that the scenario names, with its planted bug. `sometimes` takes in
+    how often each situation of SOMETIMES came up. `is_planted`: the bug's edits are in force already (a search plants
+    them once: compiled programs would be lost with every run).
     """
     mutant = find_mutant(scenario.plant) if scenario.plant else None
-    with planted(mutant):
+    with nullcontext() if is_planted else planted(mutant):
         built = build_core(scenario, mutant) if core is None else core(scenario)
-        return probe_parts(scenario, built, generate(scenario), mutant, observers)
+        return probe_parts(scenario, built, generate(scenario), mutant, observers, sometimes)
 
 
 def probe_parts(
@@ -56,9 +68,13 @@ def probe_parts(
     workload: Workload,
     mutant: Mutant | None = None,
     observers: Sequence[Observer] = (),
+    sometimes: Counter[str] | None = None,
 ) -> Finding:
     """`probe` with a core that is built already, and with a workload."""
     recorder = Recorder(core.policy)
+    situations = Sometimes(recorder)
+    if sometimes is not None:
+        observers = (*observers, situations)
     auditor = build_auditor(scenario, core)
     backend: Backend = open_backend(scenario, mutant)
     try:
@@ -83,6 +99,8 @@ def probe_parts(
         engine.close()
     finally:
         backend.close()
+    if sometimes is not None:
+        sometimes.update(situations.hits)
     digest, plans = recorder.hash.hexdigest, engine.num_plans
     if auditor.violations:
         first = auditor.violations[0]

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from sim.build import SetupError
+from sim.mutants import find_mutant, planted
 from sim.scenario import Scenario
 from sim.search.probe import CoreMaker, Finding, probe
 
@@ -82,22 +84,25 @@ def shrink(
     wanted: str | None = None,
     budget: int = 5000,
     progress: Callable[[int, int], None] = lambda tried, operations: None,
+    is_planted: bool = False,
 ) -> Shrunk:
     """The smallest scenario in which the same statement breaks first; `scenario` is spelled out (`concrete`).
 
-    `wanted` is the id that must break first (None: whichever does), `budget` bounds the runs. NothingToShrinkError: the
-    scenario breaks nothing, or something else.
+    `wanted` is the id that must break first (None: whichever does), `budget` bounds the runs, `is_planted` is as in
+    `probe`. NothingToShrinkError: the scenario breaks nothing, or something else.
     """
-    first = probe(scenario, core=core)
-    if not first.id:
-        raise NothingToShrinkError(f"{scenario.name}: every invariant holds, so there is nothing to shrink")
-    if wanted is not None and first.id != wanted:
-        raise NothingToShrinkError(
-            f"{scenario.name}: {wanted} broke first, but with its requests placed by step it is {first.id}"
-        )
-    search = _Search(scenario, first, lambda candidate: probe(candidate, core=core), budget, progress)
-    while search.round() and search.left > 0:
-        pass
+    with planted(find_mutant(scenario.plant) if scenario.plant and not is_planted else None):
+        first = probe(scenario, core=core, is_planted=True)
+        if not first.id:
+            raise NothingToShrinkError(f"{scenario.name}: every invariant holds, so there is nothing to shrink")
+        if wanted is not None and first.id != wanted:
+            raise NothingToShrinkError(
+                f"{scenario.name}: {wanted} broke first, but with its requests placed by step it is {first.id}"
+            )
+        run = partial(probe, core=core, is_planted=True)
+        search = _Search(scenario, first, run, budget, progress)
+        while search.round() and search.left > 0:
+            pass
     return Shrunk(search.best, search.finding, budget - search.left, tuple(search.kept))
 
 

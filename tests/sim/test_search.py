@@ -195,3 +195,9 @@ def test_a_search_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureF
         found.append(json.loads(capsys.readouterr().out))
     assert [result["searched"] for result in found] == [3, 5]
     assert found[1]["seed"] == 7
+
+
+def test_a_search_counts_the_situations_that_it_met() -> None:
+    counted = work(FuzzOptions(seed=2, runs=5), 0, 0, 1, 5, 1e9).sometimes
+    assert counted["all-slots-used"] > 0
+    assert counted["end-by-max-tokens"] > 0

@@ -284,4 +284,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         driver="device-tiny",
     ),
+    Mutant(
+        "KK27",
+        "Every device holds all heads of the cache.",
+        ("K10",),
+        where="device",
+        edits=(
+            Edit(
+                "paged_attention.cache:page_sharding",
+                "partition_manager.partition_spec(axes, shape))",
+                "PartitionSpec())",
+            ),
+        ),
+        driver="mesh-two",
+    ),
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from sim.host_devices import forced_count, run_with_devices, wanted_count
 from sim.mutants import Mutant, planted
 from sim.run import Report, run
-from sim.scenario import Scenario, load_scenario
+from sim.scenario import Scenario, dump_scenario, load_scenario
 
 LIBRARY: Final = Path(__file__).parents[2] / "scenarios"
 GAUNTLET: Final = LIBRARY / "gauntlet"
@@ -69,6 +72,8 @@ def drive(mutant: Mutant, driver: str, *, only: frozenset[str] | None = None, st
     scenario = judged(scenario_of(driver), mutant.id, only, stop)
     if mutant.where == "deep":
         return _deep(scenario, mutant, driver, only)
+    if wanted_count(scenario) > forced_count():
+        return _in_own_process(driver, scenario)
     return shown(driver, run(scenario))
 
 
@@ -89,6 +94,23 @@ def shown(driver: str, report: Report) -> Shown:
     if crash:
         return Shown(driver, CRASH, report.summary["steps"], (CRASH,), digests, str(crash))
     return Shown(driver, digests=digests)
+
+
+def _in_own_process(driver: str, scenario: Scenario) -> Shown:
+    """A sharded run: how many devices JAX shows is fixed once it has started."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{driver}.yaml"
+        dump_scenario(scenario, path)
+        arguments = ["run", str(path), "--json", "--quiet", "--no-plots", "--out", str(Path(folder) / "run")]
+        output, _ = run_with_devices(wanted_count(scenario), arguments)
+    summary: dict[str, Any] = json.loads(output)
+    violations = summary["violations"]
+    if not violations:
+        crash = summary["crash"]
+        return Shown(driver, CRASH, summary["steps"], (CRASH,), complaint=crash) if crash else Shown(driver)
+    first = violations[0]
+    ids = tuple(dict.fromkeys(str(violation["id"]) for violation in violations))
+    return Shown(driver, ids[0], first["step"] + 1, ids, complaint=f"{first['id']}: {first['message']}")
 
 
 def _deep(scenario: Scenario, mutant: Mutant, driver: str, only: frozenset[str] | None) -> Shown:

@@ -38,8 +38,11 @@ class StaleEditError(Exception):
 
 @contextmanager
 def applied(edits: Iterable[Edit]) -> Generator[None]:
-    """Run the body with the edits in force. StaleEditError: one of them fits no code; nothing is changed then."""
-    rewritten = fitted(edits)
+    """Run the body with the edits in force. StaleEditError: one of them fits no code; nothing is changed then.
+
+    Edits that are in force already are left alone, with everything that was compiled from them.
+    """
+    rewritten = [(found, code) for found, code in fitted(edits) if _function(found).__code__ != code]
     with ExitStack() as stack:
         if rewritten:
             _forget_compiled()
@@ -103,6 +106,8 @@ def _rewrite(target: str, edits: list[Edit]) -> CodeType:
             raise StaleEditError(f"{target}: {edit.old!r} stands {count} times in its source, expected once")
         source = source.replace(edit.old, edit.new)
     tree = ast.parse(source)
+    # At its own lines of the file, so that the source of edited code is found again, by tracebacks and by edits.
+    ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []

@@ -147,7 +147,10 @@ def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress
     """Each invariant with all others off: does it notice at least one mutant?"""
     quickest = sorted(result.fates, key=lambda fate: fate.seconds)
     jobs: dict[Future[Any], str] = {}
-    for invariant in sorted(ACTIVE):
+    for fate in quickest:
+        for name in fate.alone:
+            result.sole_killers.setdefault(name, fate.id)
+    for invariant in sorted(ACTIVE - result.sole_killers.keys()):
         pairs = tuple((fate.id, fate.driver) for fate in quickest if invariant in fate.fired)[:CANDIDATES]
         if pairs:
             jobs[pool.submit(_alone, invariant, pairs)] = f"{invariant} alone"

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sim.mutants import find_mutant
+from invariants.catalogue import ACTIVE
+from sim.mutants import Mutant, find_mutant, planted
 from sim.run import run
 from sim.selftest.drivers import Shown, drive, drivers_of, gauntlet, judged, scenario_of, shown
 
@@ -36,6 +37,8 @@ class Fate:
     """Every id that fires where the run goes on."""
     replayed: bool = True
     """The same violation at the same step with the same hash in a second run."""
+    alone: tuple[str, ...] = ()
+    """Ids that notice it with all others off, as far as they were tried."""
     complaint: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -59,8 +62,10 @@ def kill(mutant_id: str) -> Fate:
     mutant = find_mutant(mutant_id)
     start = time.perf_counter()
     last = Shown("")
+    alone: list[str] = []
     try:
-        with _at_most(3 * LIMIT_SECONDS[mutant.where]):
+        # Planted once for all runs, so that what they compile is compiled once.
+        with _at_most(3 * LIMIT_SECONDS[mutant.where]), planted(mutant):
             for driver in drivers_of(mutant):
                 last = drive(mutant, driver)
                 if last.killed_by:
@@ -69,12 +74,32 @@ def kill(mutant_id: str) -> Fate:
             if not last.killed_by:
                 return Fate(mutant_id, mutant.where, "", last.driver, 0, seconds)
             again = drive(mutant, last.driver, stop="never")
+            for name in _worth_trying(mutant, last.killed_by, again.fired):
+                seen = drive(mutant, last.driver, only=frozenset({name}))
+                alone += [name] * (seen.killed_by == name)
     except TooLongError as error:
         return Fate(mutant_id, mutant.where, "", last.driver, 0, time.perf_counter() - start, complaint=str(error))
     same = (again.killed_by, again.steps) == (last.killed_by, last.steps) and again.digests.startswith(last.digests)
     return Fate(
-        mutant_id, mutant.where, last.killed_by, last.driver, last.steps, seconds, again.fired, same, last.complaint
+        mutant_id,
+        mutant.where,
+        last.killed_by,
+        last.driver,
+        last.steps,
+        seconds,
+        again.fired,
+        same,
+        tuple(alone),
+        last.complaint,
     )
+
+
+def _worth_trying(mutant: Mutant, killed_by: str, fired: tuple[str, ...]) -> tuple[str, ...]:
+    """Ids to try alone while the mutant's programs are compiled; what planning alone shows costs little later on."""
+    if mutant.where == "host":
+        return ()
+    named = dict.fromkeys((killed_by, *mutant.caught_by))
+    return tuple(name for name in named if name in fired and name in ACTIVE)
 
 
 def alarms(mutant_id: str) -> list[str]:

@@ -111,6 +111,11 @@ class Auditor:
         self._metrics.rejected += refusal is not None
         self._life.submit(now_ns, request, effects, refusal)
 
+    def resubmitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
+        """An unfinished request was handed to the core once more; it is no arrival."""
+        self._findings.time_ns = now_ns
+        self._life.submit(now_ns, request, effects, refusal)
+
     def cancelled(self, now_ns: int, request: int, effects: tuple[Effect, ...]) -> None:
         """The core was told to drop a request."""
         self._findings.time_ns = now_ns
@@ -177,6 +182,25 @@ class Auditor:
             )
         if snapshot is not None:
             self._snapshots.judge(snapshot(), after_failure=True)
+
+    def polled(self, now_ns: int, pending: Mapping[int, str], snapshot: CoreSnapshot) -> None:
+        """Somebody looked at the core between two calls: it names exactly those who are unfinished (S6)."""
+        self._findings.time_ns = now_ns
+        self._snapshots.judge_pending(pending)
+        self._snapshots.judge(snapshot, after_failure=False)
+
+    def asked_again(self, now_ns: int, plan: StepPlan | None) -> None:
+        """`core.plan()` gave None, and was called again with nothing in between."""
+        self._findings.time_ns = now_ns
+        self._findings.counts["S11"].add(1, 1)
+        if plan is not None:
+            self._findings.breach(
+                "S11",
+                f"the core had nothing to run, and then step {plan.step}, though nothing happened in between",
+                requests=sorted(set(plan.request.tolist())),
+                expected="no plan",
+                found=f"a plan of {plan.num_rows} rows",
+            )
 
     def dispatched(self, now_ns: int, plan: StepPlan, rows: ModelRows | None, device: Device | None) -> None:
         """The step was handed to the device and no later one was: K/V is judged in program order."""

@@ -185,7 +185,8 @@ class Ledger:
     def submit(self, request: Request, now_ns: int) -> Live:
         """Put a new request at the tail of the waiting queue."""
         prompt = len(request.prompt)
-        limit = min(request.max_tokens, self.policy.max_sequence_length - prompt + 1)
+        # One that is too long and was accepted all the same is followed too: the auditor outlives what it reports.
+        limit = max(1, min(request.max_tokens, self.policy.max_sequence_length - prompt + 1))
         live = Live(request, self.submissions, prompt + limit - 1, now_ns, known=prompt)
         self.submissions += 1
         self.live[request.id] = live

@@ -116,8 +116,10 @@ class LifeJudge:
             self.liveness.submitted(self.ledger.submit(request, now_ns))
 
     def must_refuse(self, request: Request) -> str | None:
-        """Why the request can never be served (rule SEED-07), or None."""
+        """Why the request cannot be taken in (rule SEED-07), or None."""
         policy, prompt = self.ledger.policy, len(request.prompt)
+        if request.id in self.ledger.live:
+            return "its id is that of an unfinished request"
         if prompt == 0:
             return "its prompt is empty"
         if request.max_tokens < 1:

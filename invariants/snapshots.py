@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
@@ -184,6 +185,20 @@ class SnapshotJudge:
                     expected=expected,
                     found=found,
                 )
+
+    def judge_pending(self, pending: Mapping[int, str]) -> None:
+        """S6: the requests that the core says are unfinished are those that are."""
+        live = self.ledger.live
+        self.findings.counts["S6"].add(len(live), len(live))
+        if wrong := sorted(live.keys() ^ pending.keys()):
+            state = live[wrong[0]].state if wrong[0] in live else self.ledger.how_gone(wrong[0])
+            self.findings.breach(
+                "S6",
+                f"request {wrong[0]} is {state}, but {'' if wrong[0] in pending else 'not '}among the pending ones",
+                requests=wrong,
+                expected=sorted(live),
+                found=dict(pending),
+            )
 
     # ---- the end
 

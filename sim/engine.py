@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, TypeVarTuple
+from typing import Any, NamedTuple
 
 import simpy
 
@@ -23,8 +23,10 @@ from paged_attention.plan import CoreSnapshot, Effect, StepPlan
 from sim.clock import Moment, Order
 from sim.cores.protocol import ServingCore
 from sim.cost_model import CostModel
+from sim.disturbances import Disturber
 from sim.faults import FaultSchedule
 from sim.observer import Observer
+from sim.part_calls import PartError, ask
 from sim.record import Recorder
 from sim.script import RequestScript
 from sim.workload.arrival import Arrival, Workload
@@ -32,8 +34,6 @@ from sim.workload.arrival import Arrival, Workload
 PROGRESS_EVERY_STEPS = 64
 
 Happenings = Generator[simpy.Event, Any, None]
-A = TypeVarTuple("A")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +70,6 @@ class _Flight(NamedTuple):
     duration_ns: int
 
 
-class PartError(Exception):
-    """The core or the backend raised where its protocol does not let it; the message says where and what."""
-
-
-def _ask(step: int, call: Callable[[*A], T], *args: *A) -> T:
-    """Call a part under test. PartError: it raised."""
-    try:
-        return call(*args)
-    except Exception as error:
-        name = getattr(call, "__qualname__", repr(call))
-        raise PartError(f"step {step}: {name}() raised {type(error).__name__}: {error}") from error
-
-
 class Engine:
     """Runs one simulation to its end: nothing left to arrive, to cancel or to do, or the first violation."""
 
@@ -111,6 +98,7 @@ class Engine:
         self._num_plans = 0
         self._failed_ns = 0
         """Time that a failed step still has to take before the next plan."""
+        self._disturber = Disturber(parts.faults, parts.recorder, parts.auditor)
         self._arrivals: Iterator[Arrival] = iter(parts.workload)
         self._due_steps = deque(parts.workload.at_steps or ())
         self._unfinished = 0
@@ -146,7 +134,7 @@ class Engine:
         """Let the auditor judge the run as a whole; only where it ran to its end and did not stop at a violation."""
         if self._stopped():
             return
-        pending = _ask(self._num_plans, self._core.pending)
+        pending = ask(self._num_plans, self._core.pending)
         for observer in self._observers:
             observer.ended(self.now_ns, pending)
         if self._auditor is None:
@@ -210,6 +198,7 @@ class Engine:
     def _submit(self, arrival: Arrival) -> None:
         now_ns, refusal = self.now_ns, None
         request = self._parts.script.request(arrival)
+        self._disturber.submitted(request)
         try:
             effects = self._core.submit(request)
         except ValueError as error:
@@ -228,7 +217,7 @@ class Engine:
 
     def _cancel(self, request: int) -> None:
         now_ns = self.now_ns
-        effects = _ask(self._num_plans, self._core.cancel, request)
+        effects = ask(self._num_plans, self._core.cancel, request)
         self._recorder.cancelled(now_ns, effects)
         if self._auditor is not None:
             self._auditor.cancelled(now_ns, request, effects)
@@ -264,7 +253,7 @@ class Engine:
         return self._stop_at_first and bool(self._violations)
 
     def _snapshot(self) -> CoreSnapshot:
-        return _ask(self._num_plans, self._core.snapshot)
+        return ask(self._num_plans, self._core.snapshot)
 
     def _wake(self) -> None:
         if self._sleeping is not None:
@@ -279,7 +268,12 @@ class Engine:
                 self._submit_until(self._num_plans)
             for request in self._parts.faults.take_cancels(self._num_plans):
                 self._cancel(request)
-            plan = _ask(self._num_plans, self._core.plan)
+            self._core, disturbed = self._disturber.disturb(self._core, self._num_plans, self.now_ns)
+            if "stall" in disturbed and self._flights:
+                return
+            plan = ask(self._num_plans, self._core.plan)
+            if plan is None and "poll" in disturbed:
+                plan = self._disturber.ask_again(self._core, self._num_plans, self.now_ns)
             if plan is None:
                 if self._auditor is not None:
                     self._auditor.idle(self.now_ns, self._snapshot)
@@ -310,14 +304,14 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan) -> None:
         rows = self._parts.script.rows(plan)
-        pending = _ask(plan.step, self._backend.execute, plan, rows)
+        pending = ask(plan.step, self._backend.execute, plan, rows)
         if self._auditor is not None:
             self._auditor.dispatched(self.now_ns, plan, rows, self._backend)
         self._flights.append(_Flight(plan, pending, self._parts.cost.duration_ns(plan)))
 
     def _abandon(self, plan: StepPlan) -> None:
         now_ns = self.now_ns
-        effects = _ask(plan.step, self._core.abandon, plan.step)
+        effects = ask(plan.step, self._core.abandon, plan.step)
         self._recorder.abandoned(now_ns, plan, effects)
         if self._auditor is not None:
             self._auditor.abandoned(now_ns, plan.step, effects)
@@ -328,13 +322,13 @@ class Engine:
 
     def _complete(self, flight: _Flight, start_ns: int) -> None:
         now_ns, plan = self.now_ns, flight.plan
-        outcome = _ask(plan.step, flight.pending.result)
+        outcome = ask(plan.step, flight.pending.result)
         self._recorder.executed(start_ns, now_ns, outcome)
         if self._auditor is not None:
             self._auditor.executed(now_ns, plan, outcome)
         for observer in self._observers:
             observer.executed(now_ns, plan, outcome)
-        effects = _ask(plan.step, self._core.apply, outcome)
+        effects = ask(plan.step, self._core.apply, outcome)
         self._recorder.applied(now_ns, effects)
         if self._auditor is not None:
             self._auditor.applied(now_ns, plan.step, effects, self._snapshot)

@@ -1,28 +1,35 @@
-"""Faults of a scenario, ordered for the engine: which cancels and failed steps come before which step or time."""
+"""Faults of a scenario, ordered for the engine: what comes before which step or time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sim.scenario.models import CancelFault, FailFault
+from sim.scenario.models import CancelFault, ConcreteFault, Disturbance, ResubmitFault
 
 
 class FaultSchedule:
-    """Cancels and failed steps, each taken exactly once.
+    """Cancels, failed steps and disturbances, each taken exactly once.
 
     Steps are counted from 0 over all plans, failed ones included. A cancel at step k happens before step k is planned;
     a failure at step k lets the plan be made and then never run.
     """
 
-    def __init__(self, faults: Iterable[CancelFault | FailFault]) -> None:
+    def __init__(self, faults: Iterable[ConcreteFault]) -> None:
         self.cancels_at_ns: list[tuple[int, int]] = []
         """(time in ns, request), by time; equal times keep the order of the scenario."""
         self._cancels_at_step: dict[int, list[int]] = {}
         self._failing_steps: set[int] = set()
         self._failures_at_ns: list[int] = []
+        self._disturbances_at_step: dict[int, list[Disturbance | ResubmitFault]] = {}
+        self.resubmitted: set[int] = set()
+        """Requests that are submitted twice."""
         for fault in faults:
             if isinstance(fault, CancelFault):
                 self._add_cancel(fault)
+            elif isinstance(fault, Disturbance | ResubmitFault):
+                self._disturbances_at_step.setdefault(fault.at_step, []).append(fault)
+                if isinstance(fault, ResubmitFault):
+                    self.resubmitted.add(fault.request)
             elif fault.at_step is not None:
                 self._failing_steps.add(fault.at_step)
             elif fault.at_ns is not None:
@@ -39,6 +46,10 @@ class FaultSchedule:
     def take_cancels(self, step: int) -> list[int]:
         """Requests to cancel before `step` is planned."""
         return self._cancels_at_step.pop(step, []) if self._cancels_at_step else []
+
+    def take_disturbances(self, step: int) -> list[Disturbance | ResubmitFault]:
+        """What else happens before `step` is planned, in the order of the scenario."""
+        return self._disturbances_at_step.pop(step, []) if self._disturbances_at_step else []
 
     def take_failure(self, step: int, now_ns: int) -> bool:
         """Whether the step planned now fails."""

@@ -22,10 +22,11 @@ from sim.deep.places import NOBODY, PlaceProbe
 from sim.deep.poisoner import Poisoner
 from sim.deep.tape import Tape, Taping
 from sim.deep.world import World
-from sim.engine import Engine, PartError, Parts
+from sim.engine import Engine, Parts
 from sim.event_log import EventLog
 from sim.faults import FaultSchedule
 from sim.observer import Bystander, Observer
+from sim.part_calls import PartError
 from sim.planlog import PlanLogWriter
 from sim.record import Recorder
 from sim.script import RequestScript

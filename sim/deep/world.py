@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 from sim.mutants import Mutant
 from sim.scenario import Scenario
-from sim.scenario.models import CancelFault, FailFault
+from sim.scenario.models import CancelFault, ConcreteFault, FailFault
 from sim.workload import Arrival, Workload, concrete_faults, generate
 
 MAX_REQUESTS: Final = 200
@@ -91,8 +91,13 @@ def world_of(scenario: Scenario, mutant: Mutant | None) -> World:
         arrivals=arrivals,
         at_steps=None if workload.at_steps is None else tuple(workload.at_steps[: len(arrivals)]),
         concurrency=workload.concurrency,
-        faults=tuple(fault for fault in faults if isinstance(fault, FailFault) or fault.request in kept),
+        faults=tuple(fault for fault in faults if _matters(fault, kept)),
     )
+
+
+def _matters(fault: ConcreteFault, kept: set[int]) -> TypeGuard[Fault]:
+    """Disturbances change nothing that two runs could be compared by."""
+    return isinstance(fault, FailFault) or (isinstance(fault, CancelFault) and fault.request in kept)
 
 
 def _first(workload: Workload) -> tuple[Arrival, ...]:

@@ -143,10 +143,11 @@ def _faults(scenario: Scenario) -> Iterator[Problem]:
             if scripted or isinstance(arrivals, ConcurrentArrivals):
                 yield ("faults", index), f"a cancel_storm needs arrival times, and {arrivals.kind} arrivals have none"
             continue
-        if (fault.at_step is None) == (fault.at_seconds is None):
+        if fault.kind in {"cancel", "fail"} and (fault.at_step is None) == (getattr(fault, "at_seconds", None) is None):
             yield ("faults", index), "give exactly one of at_step and at_seconds"
-        if fault.kind == "cancel" and count is not None and fault.request >= count:
-            yield ("faults", index, "request"), f"there is no request {fault.request}: they are 0 to {count - 1}"
+        request: int | None = getattr(fault, "request", None)
+        if request is not None and count is not None and request >= count:
+            yield ("faults", index, "request"), f"there is no request {request}: they are 0 to {count - 1}"
 
 
 def _expectations(scenario: Scenario) -> Iterator[Problem]:

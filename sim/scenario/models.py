@@ -169,7 +169,28 @@ class CancelStorm(Section):
     max_delay_seconds: Seconds = Field(description="Cancelled at a random time up to this long after arrival, in s.")
 
 
-Fault = Annotated[CancelFault | FailFault | CancelStorm, Field(discriminator="kind")]
+class Disturbance(Section):
+    """Something that a host may do at any time and that must make no difference to what the core promises."""
+
+    kind: Literal["fork", "poll", "stall"] = Field(
+        description="fork: a fork of the core takes its place, and the original plans on its own; poll: pending() "
+        "and snapshot() are read, and an idle core is asked again; stall: the oldest step in flight ends first."
+    )
+    at_step: Index = Field(description="Before this step is planned, counted from 0.")
+
+
+class ResubmitFault(Section):
+    """A client asks twice: a request is submitted again while it is unfinished, and must be refused."""
+
+    kind: Literal["resubmit"] = Field(description="Submit an unfinished request again; a gone one is left alone.")
+    request: Index = Field(description="Which one, counted from 0 in order of arrival.")
+    at_step: Index = Field(description="Before this step is planned, counted from 0.")
+
+
+ConcreteFault = CancelFault | FailFault | Disturbance | ResubmitFault
+"""A fault that happens at one moment."""
+
+Fault = Annotated[CancelFault | FailFault | CancelStorm | Disturbance | ResubmitFault, Field(discriminator="kind")]
 
 
 class InvariantSettings(Section):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
 from sim.scenario import Scenario
-from sim.scenario.models import CancelFault, FailFault
+from sim.scenario.models import CancelFault, Disturbance, FailFault, ResubmitFault
 from sim.scenario.workload_models import ScriptedArrivals, ScriptedRequest
 from sim.script import RequestScript
 from sim.search.probe import Finding, probe
@@ -35,8 +35,9 @@ def concrete(scenario: Scenario) -> tuple[Scenario, Finding]:
             "end_by": "max_tokens",
         }
     )
-    # A cancel of a request that never came does nothing to the core.
-    faults = [fault for fault in tape.faults if not isinstance(fault, CancelFault) or fault.request < len(requests)]
+    disturbances = [f for f in scenario.faults if isinstance(f, Disturbance | ResubmitFault)]
+    # Whatever names a request that never came does nothing to the core.
+    faults = [f for f in (*tape.faults, *disturbances) if getattr(f, "request", 0) < len(requests)]
     data = scenario.model_copy(update={"workload": workload, "faults": tuple(faults)})
     return Scenario.model_validate(data.model_dump(by_alias=True)), finding
 

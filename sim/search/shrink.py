@@ -263,9 +263,9 @@ def _leave_out(data: Data, gone: list[int]) -> list[int]:
     data["workload"]["arrivals"]["requests"] = [_requests(data)[at] for at in kept]
     faults: list[Data] = []
     for at, fault in enumerate(data["faults"]):
-        if ("fault", at) in left_out or (fault["kind"] == "cancel" and fault["request"] not in renumbered):
+        if ("fault", at) in left_out or fault.get("request", kept[0] if kept else -1) not in renumbered:
             continue
-        faults.append({**fault, "request": renumbered[fault["request"]]} if fault["kind"] == "cancel" else fault)
+        faults.append({**fault, "request": renumbered[fault["request"]]} if "request" in fault else fault)
     data["faults"] = faults
     return kept
 

@@ -1,4 +1,4 @@
-"""Draws whole scenarios from a number: sizes, policies, requests, cancels and failed steps, extremes included.
+"""Draws whole scenarios from a number: sizes, policies, requests, cancels, failed steps, disturbances, and extremes.
 
 Half of the draws are uniform; the other half are swarms: some kinds of operation are off, and the rest have weights of
 their own, so that rare combinations (nothing but cancels and long prompts, say) come up often (Groce et al., "Swarm
@@ -18,7 +18,12 @@ T = TypeVar("T")
 PAGE_SIZES: Final = (1, 2, 3, 4, 5, 8)
 CHUNKS: Final = (1, 2, 3, 4, 5, 7, 8, 16)
 MIXES: Final = ("mixed", "prefill_first", "decode_first")
-KINDS: Final = ("burst", "trickle", "long_prompt", "long_output", "one_token", "eos", "cancel", "fail", "too_long")
+DISTURBANCES: Final = {"fork": 3, "poll": 8, "resubmit": 6, "stall": 8}
+"""What must make no difference, and how often it happens at most."""
+KINDS: Final = (
+    *("burst", "trickle", "long_prompt", "long_output", "one_token", "eos", "cancel", "fail", "too_long"),
+    *DISTURBANCES,
+)
 """Kinds of operation, each of which a swarm may leave out."""
 
 DEVICE_GEOMETRIES: Final = (
@@ -176,13 +181,38 @@ def _weighted(source: Source, values: tuple[int, ...], weights: tuple[float, ...
 
 
 def _faults(source: Source, weights: dict[str, float], requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    faults: list[dict[str, Any]] = []
     horizon = requests[-1]["at_step"] + 6 * len(requests)
-    for number, request in enumerate(requests):
-        if source.random() < 0.12 * weights["cancel"]:
-            at = request["at_step"] + source.randint(0, horizon - request["at_step"] + 4)
-            faults.append({"kind": "cancel", "request": number, "at_step": at})
+    faults = _cancels(source, weights["cancel"], requests, horizon)
     if weights["fail"] and source.random() < 0.5:
         for _ in range(source.randint(0, 4)):
             faults.append({"kind": "fail", "at_step": source.randint(0, horizon)})
+    for kind, most in DISTURBANCES.items():
+        # Off in most runs; where it is on, it strikes now and then.
+        if source.random() < 0.15 * weights[kind]:
+            steps = sorted(source.randint(0, horizon) for _ in range(source.randint(1, most)))
+            faults += [_disturbance(source, kind, step, len(requests)) for step in steps]
     return faults
+
+
+def _cancels(source: Source, weight: float, requests: list[dict[str, Any]], horizon: int) -> list[dict[str, Any]]:
+    """Cancels soon after the request came or at any time, even twice or before it comes."""
+    share = source.choice((0.1, 0.1, 0.3, 0.8)) * min(weight, 1.0)
+    cancels: list[dict[str, Any]] = []
+    for number, request in enumerate(requests):
+        if source.random() >= share:
+            continue
+        came = request["at_step"]
+        at = came + source.randint(0, source.choice((2, 10, max(2, horizon - came))))
+        if source.random() < 0.05:
+            at = source.randint(0, came)
+        cancels.append({"kind": "cancel", "request": number, "at_step": at})
+        if source.random() < 0.05:
+            cancels.append({"kind": "cancel", "request": number, "at_step": at + source.randint(0, 3)})
+    return cancels
+
+
+def _disturbance(source: Source, kind: str, step: int, num_requests: int) -> dict[str, Any]:
+    disturbance: dict[str, Any] = {"kind": kind, "at_step": step}
+    if kind == "resubmit":
+        disturbance["request"] = source.randint(0, num_requests - 1)
+    return disturbance

@@ -1,8 +1,8 @@
 """Scenarios out of bytes: what Hypothesis draws fast, and shrinks well.
 
 A rule of a state machine costs some hundred microseconds to draw, a byte next to nothing. Every choice of the search
-takes bytes off the tape; past its end every choice is the first, which is the simplest: a shorter tape is a smaller
-scenario.
+takes bytes off the tape; past its end every choice is the first and nothing out of the ordinary happens: a shorter tape
+is a smaller scenario.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Tape:
         self._bytes = iter(tape)
 
     def random(self) -> float:
-        """A number in [0, 1): one byte."""
-        return next(self._bytes, 0) / 256
+        """A number in [0, 1): one byte; past the end a large one."""
+        return next(self._bytes, 255) / 256
 
     def randint(self, a: int, b: int) -> int:
         """A whole number from a to b: as many bytes as the range takes."""

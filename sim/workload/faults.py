@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sim.scenario.models import CancelFault, CancelStorm, FailFault, Scenario
+from sim.scenario.models import CancelFault, CancelStorm, ConcreteFault, Scenario
 from sim.streams import stream
 from sim.workload.generate import generate
 from sim.workload.times import CHUNK
 
 
-def concrete_faults(scenario: Scenario) -> tuple[CancelFault | FailFault, ...]:
+def concrete_faults(scenario: Scenario) -> tuple[ConcreteFault, ...]:
     """The scenario's faults, each storm replaced by the cancels that it stands for, in order of arrival."""
-    concrete: list[CancelFault | FailFault] = []
+    concrete: list[ConcreteFault] = []
     for index, fault in enumerate(scenario.faults):
         if isinstance(fault, CancelStorm):
             concrete.extend(_cancels(scenario, fault, "cancels" if index == 0 else f"cancels {index}"))

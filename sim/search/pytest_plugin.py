@@ -7,7 +7,7 @@ adds two tests: the state machine, and whole scenarios out of byte tapes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -43,7 +43,7 @@ class CoreTest(pytest.Item):
             factory = core_factory(self._core)
         except UnknownCoreError as error:
             raise pytest.UsageError(f"--kvproof-core: {error}") from None
-        examples: int = self.config.getoption("--kvproof-examples", 100)
+        examples = cast("int", self.config.getoption("--kvproof-examples"))
         if self._kind == "stateful":
             from sim.search.stateful import kvproof_stateful
 

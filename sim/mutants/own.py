@@ -175,4 +175,60 @@ PAGES: tuple[Mutant, ...] = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*PAGES, *own_schedule.MUTANTS)
+RARELY_BROKEN: tuple[Mutant, ...] = (
+    Mutant(
+        "KP16",
+        "The chunks of a prompt are fed again and again for the first hundred steps.",
+        ("S6", "S7", "L2"),
+        edits=(
+            Edit(
+                "paged_attention.planning:_count_prefill",
+                "sequence.prefill.chunk_idx += 1\n    sequence.fed += count",
+                "sequence.prefill.chunk_idx += step > 100\n    sequence.fed += count if step > 100 else 0",
+            ),
+        ),
+    ),
+    Mutant(
+        "KP17",
+        "A prompt is preempted and admitted again twice before its first chunk runs.",
+        ("S10", "L4"),
+        edits=(
+            Edit(
+                "paged_attention.planning:take_in",
+                "effects.append(books.admit(native.prefill_request))\n",
+                "effects.append(books.admit(native.prefill_request))\n"
+                "            for _ in range(2):\n"
+                "                effects += books.preempt(books.prefilling)\n"
+                "                books.scheduler.prefill_queue.get_nowait()\n"
+                "                effects.append(books.admit(native.prefill_request))\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "KP18",
+        "Cancelling a request that is gone is told as a cancel.",
+        ("R4",),
+        edits=(
+            Edit(
+                "paged_attention.engine:PagedAttentionEngine.cancel",
+                "return ()",
+                'return (Effect("cancelled", request, 0),)',
+            ),
+        ),
+    ),
+    Mutant(
+        "KP19",
+        "The sum of stays leaves out one of the requests that are there.",
+        ("M2",),
+        edits=(Edit("sim.record:Recorder._live_changed", "self._live * (", "max(self._live - 1, 0) * ("),),
+    ),
+    Mutant(
+        "KP20",
+        "Refused requests are counted as arrived and as live.",
+        ("M5",),
+        edits=(Edit("sim.record:Recorder.rejected", "self.count_of_state[LIVE] -= 1", "pass"),),
+    ),
+)
+"""Bugs of the statements that other bugs break only in passing."""
+
+MUTANTS: tuple[Mutant, ...] = (*PAGES, *RARELY_BROKEN, *own_schedule.MUTANTS)

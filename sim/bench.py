@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from jaxtyping import Int64
 
-from sim.run import Report, run_whole
+from sim.run import Audit, Report, run_whole
 from sim.scenario import Scenario
 from sim.workload import Arrival, Workload
 
@@ -29,9 +29,13 @@ TARGETS: Final[dict[str, float | None]] = {
     "jax_cpu_rows": 10.0,
     "jax_cpu": 13.0,
     "jax_cpu_reader": None,
+    "device_checks": 10.0,
 }
 """In spins. jax_cpu goes through build_input (both halves), jax_cpu_rows from the neutral rows of the plan; both write
-and have the placement checked in every step. jax_cpu_reader also reads every live token in every step: no target."""
+and have the placement checked in every step. jax_cpu_reader also reads every live token in every step: no target.
+device_checks is jax_cpu_rows beside itself with the device left alone."""
+MAX_CHECKS_SHARE: Final = 0.4
+"""What checking the device may cost, as a part of the same run without these checks."""
 
 
 def spin() -> float:
@@ -122,6 +126,7 @@ def cases() -> dict[str, Scenario]:
         "jax_cpu": scenario(BASE_NS, "jax"),
         "jax_cpu_rows": scenario(BASE_NS, "jax", "rows"),
         "jax_cpu_reader": scenario(BASE_NS, "jax", "native", "reader"),
+        "device_checks": scenario(BASE_NS, "jax", "rows"),
     }
 
 
@@ -131,17 +136,24 @@ def bench(names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[s
     for name in names:
         best = _measure(cases()[name], repeats, lambda text, name=name: tell(f"{name}: {text}"))
         found[name] = _figures(best, TARGETS[name])
+        if name == "device_checks":
+            alone = _measure(cases()[name], repeats, lambda text: tell(f"device_checks, unchecked: {text}"), "host")
+            found[name] |= {
+                "unchecked_spins": alone.spins,
+                "checks_share": best.spins / alone.spins - 1,
+                "max_checks_share": MAX_CHECKS_SHARE,
+            }
     return found
 
 
-def _measure(asked: Scenario, repeats: int, tell: Callable[[str], None]) -> Measured:
+def _measure(asked: Scenario, repeats: int, tell: Callable[[str], None], audit: Audit = True) -> Measured:
     runs: list[Measured] = []
     first_seconds = 0.0
     if asked.backend.kind == "jax":
-        first_seconds = run_whole(asked, workload=workload()).summary["duration_cpu_seconds"]
+        first_seconds = run_whole(asked, workload=workload(), audit=audit).summary["duration_cpu_seconds"]
     before = spin()
     for repeat in range(repeats):
-        report = run_whole(asked, workload=workload())
+        report = run_whole(asked, workload=workload(), audit=audit)
         after = spin()
         runs.append(Measured(report, report.summary["duration_cpu_seconds"], (before + after) / 2))
         tell(f"run {repeat + 1} of {repeats}: {runs[-1].spins:.2f} spins")

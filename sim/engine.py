@@ -78,6 +78,7 @@ class Engine:
         parts: Parts,
         *,
         stop_at_first: bool = True,
+        audit_device: bool = True,
         progress: Callable[[Progress], None] | None = None,
         checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
@@ -87,6 +88,7 @@ class Engine:
         self._backend = parts.backend
         self._recorder = parts.recorder
         self._auditor = parts.auditor
+        self._audited_device = parts.backend if audit_device else None
         self._violations = parts.auditor.violations if parts.auditor is not None else []
         self._observers = parts.observers
         self._stop_at_first = stop_at_first
@@ -140,7 +142,7 @@ class Engine:
         if self._auditor is None:
             return
         totals = self._recorder.totals(self.now_ns)
-        self._auditor.finished(self.now_ns, pending, self._snapshot, self._backend, totals)
+        self._auditor.finished(self.now_ns, pending, self._snapshot, self._audited_device, totals)
 
     def close(self) -> int:
         """Close what is still open in the record; return the time of the end in ns."""
@@ -306,7 +308,7 @@ class Engine:
         rows = self._parts.script.rows(plan)
         pending = ask(plan.step, self._backend.execute, plan, rows)
         if self._auditor is not None:
-            self._auditor.dispatched(self.now_ns, plan, rows, self._backend)
+            self._auditor.dispatched(self.now_ns, plan, rows, self._audited_device)
         self._flights.append(_Flight(plan, pending, self._parts.cost.duration_ns(plan)))
 
     def _abandon(self, plan: StepPlan) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from invariants.violation import Violation
 from sim.build import build_auditor, build_core, cache_spec, open_backend
@@ -34,6 +34,9 @@ from sim.workload import TraceError, Workload, concrete_faults, generate, prompt
 
 PACKAGES: Final = ("kvproof", "numpy", "jax", "jaxlib", "simpy")
 """Whose versions a summary names."""
+
+Audit = Literal[True, False, "host"]
+"""What is judged: everything, nothing, or everything but what lies on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +77,15 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     plan_log: Path | None = None,
     workload: Workload | None = None,
-    audit: bool = True,
+    audit: Audit = True,
     deep_progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Run a scenario.
 
     `out` is an existing folder that takes the record; None: nothing is written. `progress` is called now and then.
     `plan_log` is a file for `kvproof judge` (gzip where its name ends in .gz). `workload` takes the place of what the
-    scenario's workload section stands for. With `audit` False nothing is checked. `deep_progress` is told what
-    comes next, where the scenario asks for deep checks.
+    scenario's workload section stands for. With `audit` False nothing is checked, with "host" nothing on the device.
+    `deep_progress` is told what comes next, where the scenario asks for deep checks.
 
     UnknownCoreError, UnknownMutantError, BackendUnavailableError: a part is not there. SetupError: it cannot be built
     like that. TraceError: the workload's file is wrong. OSError: the disk does not take the record.
@@ -101,7 +104,7 @@ def _run(
     progress: Callable[[Progress], None] | None,
     plan_log: Path | None,
     workload: Workload | None,
-    audit: bool,
+    audit: Audit,
     deep_progress: Callable[[str], None] | None,
 ) -> Report:
     clocks = _Clocks()
@@ -135,7 +138,13 @@ def _run(
                 observers=observers,
             )
             stop_at_first = scenario.invariants.stop == "first"
-            engine = Engine(parts, stop_at_first=stop_at_first, progress=progress, checkpoint=interrupt.check)
+            engine = Engine(
+                parts,
+                stop_at_first=stop_at_first,
+                audit_device=audit != "host",
+                progress=progress,
+                checkpoint=interrupt.check,
+            )
             ending = _simulate(engine, log)
             described = dict(backend.describe())
             skipped = ending.crash is not None or ending.interrupted or interrupt.asked
@@ -157,9 +166,9 @@ def _run(
     return report
 
 
-def run_whole(scenario: Scenario, workload: Workload | None = None) -> Report:
+def run_whole(scenario: Scenario, workload: Workload | None = None, audit: Audit = True) -> Report:
     """`run` for those who have no use for a part of one. KeyboardInterrupt: Ctrl-C ended it."""
-    report = run(scenario, workload=workload)
+    report = run(scenario, workload=workload, audit=audit)
     if report.exit_code == ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     return report

@@ -138,4 +138,9 @@ def bench(
                 f"{row['steps']:,} steps, {row['mean_running']:.1f} running, {row['us_per_step']:.1f} us per step, "
                 f"compiling {row['compile_seconds']:.1f} s"
             )
+            if "checks_share" in row:
+                typer.echo(
+                    f"  without a look at the device {row['unchecked_spins']:.2f} spins: the checks add "
+                    f"{row['checks_share']:.2f} of that (at most {row['max_checks_share']:g} is the target)"
+                )
     return 0

@@ -15,7 +15,7 @@ from backends.jax_step import PagedModel, Pools
 from backends.words import poison_scale, poison_word, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 
-PLACES_PER_CALL = (128, 512, 1024, 8192)
+PLACES_PER_CALL = (128, 640, 1024, 8192)
 """Places compared in one call, padded to the smallest of these that holds them (each compiles once)."""
 PAGES_PER_CALL = 64
 """Pages fetched or spoilt in one call."""

@@ -3,8 +3,8 @@
 The shadow holds, for each place of the pool, the kv_id that must lie there (0: never written). What is compared:
 
 - each checked step: every place the step wrote, and one older token of each decode row; of all pages touched when these
-  are at most SMALL_PLACES, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages; a pool of
-  at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it went;
+  have at most SMALL_TOUCHED places, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages;
+  a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it went;
 - each `full_every`-th step and at the end: every place of the pool but the dummy page.
 
 One `verify` call a step. Pages of rows that are dead on the device (their EOS came at an earlier step) are not written.
@@ -31,11 +31,17 @@ from paged_attention.plan import WrongPlace
 SMALL_PLACES = 1024
 """Up to here all places of the touched pages (or of the pool) are compared in every step: a few kilobytes of ids."""
 
+SMALL_TOUCHED = 256
+"""Of a larger pool the pages that a step touched are compared whole in every step, if they have so few places."""
+
 WHOLE_PAGES_EVERY = 8
 """Beyond that, whole touched pages are compared each n-th step."""
 
 FAMILY = ("K1", "K2", "K3", "K7", "K9")
 
+
+NO_EOS = np.int32(-1).tobytes()
+"""Of one slot: no EOS ends whoever is there."""
 
 PLACE = np.dtype([("id", np.uint32), ("request", np.int32), ("admission", np.int32), ("position", np.int32)])
 """What the shadow says of one place: the kv_id that must lie there, and whose token that is."""
@@ -62,6 +68,9 @@ class ContentJudge:
         self.findings = findings
         self.on = findings.any_on(FAMILY)
         self.shadow: Places = np.zeros((ledger.policy.num_pages, ledger.page_size) if self.on else (1, 1), PLACE)
+        self.flat = self.shadow.reshape(-1)
+        self.size = np.array(ledger.page_size, np.int32)
+        """Without axes: NumPy converts a Python integer anew at each use, which costs more than the division."""
         self.decoder: Decoder | None = None
         self.newest: Written | None = None
         """What the newest step wrote."""
@@ -90,8 +99,8 @@ class ContentJudge:
         if self.shadow.size <= SMALL_PLACES:
             self._verify_pages(self._allocatable(), device, written)
             return
-        touched = np.flatnonzero(np.bincount(written.pages, minlength=len(self.shadow))).astype(np.int32)
-        if len(touched) * self.ledger.page_size <= SMALL_PLACES or self.findings.step % WHOLE_PAGES_EVERY == 0:
+        if len(written.pages) * self.ledger.page_size <= SMALL_TOUCHED or self.findings.step % WHOLE_PAGES_EVERY == 0:
+            touched = np.flatnonzero(np.bincount(written.pages, minlength=len(self.shadow))).astype(np.int32)
             self._verify_pages(touched, device, written)
             return
         older_pages, older_offsets = self._older(flight)
@@ -104,7 +113,7 @@ class ContentJudge:
         self, pages: Int32[ndarray, " places"], offsets: Int32[ndarray, " places"], device: Device, limit: int = 8
     ) -> tuple[WrongPlace, ...]:
         """The first places that hold other words than the shadow says: fingerprints, or what the oracle wrote."""
-        said = self.shadow[pages, offsets]
+        said = self.flat.take(pages * self.size + offsets)
         if self.ledger.oracle is None:
             return device.verify(pages, offsets, said["id"].copy(), limit)
         return device.verify_words(pages, offsets, self.ledger.oracle.words(said), limit)
@@ -122,26 +131,30 @@ class ContentJudge:
         if self.joins != ledger.joins:
             self.joins, self.bases = ledger.joins, fingerprint.kv_base(ledger.request, ledger.admission)
         slots, start = flight.slots, flight.start
-        dead = dead_rows(ledger.eos[slots], start)
-        if dead.any():
-            slots, start = slots[~dead], start[~dead]
-        pages.append(ledger.table[slots, np.minimum(start // size, ledger.table.shape[1] - 1)])
-        after.append(_tokens(ledger.request[slots], ledger.admission[slots], self.bases[slots], start))
-        page, new = np.concatenate(pages), np.concatenate(after)
+        eos = ledger.eos.take(slots)
+        if eos.tobytes() != NO_EOS * len(eos):
+            alive = ~dead_rows(eos, start)
+            slots, start = slots[alive], start[alive]
+        width = ledger.table.shape[1]
+        pages.append(ledger.flat_table.take(slots * width + np.minimum(start // self.size, width - 1)))
+        bases = self.bases.take(slots)
+        after.append(_tokens(ledger.request.take(slots), ledger.admission.take(slots), bases, start))
+        page, new = (pages[0], after[0]) if len(pages) == 1 else (np.concatenate(pages), np.concatenate(after))
         inside = self._inside(page)
         if not inside.all():
             page, new = page[inside], new[inside]
-        offset = new["position"] % size
-        self._judge_unique(page, offset)
-        written = Written(page, offset, self.shadow[page, offset], new)
-        self.shadow[page, offset] = new
-        self.newest = written
+        offset = new["position"] % self.size
+        places = page * self.size + offset
+        written = self.newest = Written(page, offset, self.flat.take(places), new)
+        self.flat[places] = new
+        self._judge_unique(places, new)
         return written
 
-    def _judge_unique(self, pages: Int32[ndarray, " places"], offsets: Int32[ndarray, " places"]) -> None:
-        places: list[int] = (pages * self.ledger.page_size + offsets).tolist()
-        self.findings.counts["K3"].add(len(places), len(places))
-        if len(set(places)) != len(places):
+    def _judge_unique(self, at: Int32[ndarray, " places"], new: Places) -> None:
+        """K3: of two tokens written to one place only the later lies there."""
+        self.findings.counts["K3"].add(len(at), len(at))
+        if self.flat.take(at).tobytes() != new.tobytes():
+            places: list[int] = at.tolist()
             page, offset = divmod(max(places, key=places.count), self.ledger.page_size)
             self.findings.breach(
                 "K3",

@@ -196,7 +196,8 @@ class TableJudge:
     def _is_stale(self, slot: int, pages: list[int], row: Int32[ndarray, " pages"], changed: bool) -> bool:
         """T5: whether a device row still shows the slot as it was before: without its newest pages, or the holder's."""
         self.findings.counts["T5"].add(1, int(changed))
-        told: list[int] = np.trim_zeros(row, "b").tolist()
+        used = row.nonzero()[0]
+        told: list[int] = row[: used[-1] + 1].tolist() if len(used) else []
         older = len(told) < len(pages) and told == pages[: len(told)]
         if told == pages or not (older or told == self.ledger.before[slot]):
             return False

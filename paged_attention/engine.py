@@ -264,6 +264,19 @@ class PagedAttentionEngine:
                 queues={state: _ints(s.request.id for s in queued[state]) for state in STATES},
             )
 
+    def hidden_state(self) -> Mapping[str, tuple[int, ...]]:
+        """What planning depends on and a snapshot leaves out; names that end in _requests list request ids."""
+        books = self.books
+        with self._lock:
+            scheduler, slots = books.scheduler, books.batch.available_slots
+            return {
+                "free_slots": tuple(slots or ()),
+                "waits": (scheduler.decode_wait, scheduler.prefill_wait),
+                "prefilled_requests": tuple(s.request.id for s in books.prefilled),
+                "spent_requests": tuple(s.request.id for s in books.spent),
+                "newest_can_go": (int(self._newest_can_go),),
+            }
+
     def fork(self) -> PagedAttentionEngine:
         """Return an independent engine in the same state."""
         with self._lock:

@@ -3,14 +3,15 @@
 A step is first compared as a whole with what the books expect of an ordinary one (every running slot decodes one
 token). Where that differs, or is no ordinary step, each row is judged by itself; that judgement alone decides.
 
-Declared rules of work conservation (S11), for admission "fcfs", admission_pages "prompt" or "chunk", and a plan in
+Declared rules of work conservation (S11), for admission "fcfs", admission_pages other than "any", and a plan in
 which nobody is preempted:
 
 - a prefill that has begun runs its next chunk if the pages for it are free when the plan is done;
 - a request whose first token's step is planned joins in the next plan if a slot is free, and a page if it needs one;
 - the head of the waiting queue is admitted iff no further prefill is active (max_prefill_rows), a slot is reserved for
   it (slots held + requests waiting for a slot + active prefills + 1 <= batch_size; for one that ends at its prefill the
-  slot is the core's own choice), and the pages free after growth and joins cover its whole prompt (or its first chunk).
+  slot is the core's own choice), and the pages free after growth and joins cover its whole prompt (its first chunk;
+  or every token that may ever get K/V).
 
 All that holds in every plan of mix "mixed". Under "prefill_first" and "decode_first" a plan without decodes is held to
 it; beside decodes a prefill may wait max_prefill_wait steps (S12), and a decode at most max_decode_wait steps, only for
@@ -150,6 +151,8 @@ class ScheduleJudge:
         tokens = live.known if live.admission is None or live.state == "waiting" else live.admission.feed
         if self.ledger.policy.admission_pages == "chunk":
             tokens = min(tokens, self.ledger.policy.prefill_chunk)
+        elif self.ledger.policy.admission_pages == "all":
+            tokens = live.last
         return self.ledger.pages_for(tokens)
 
     def _needs_slot(self, live: Live) -> bool:

@@ -201,8 +201,8 @@ class DeclaredPolicy:
     mix: Literal["mixed", "prefill_first", "decode_first", "any"] = "mixed"
     victim: Literal["newest", "any"] = "newest"
     admission: Literal["fcfs", "any"] = "fcfs"
-    admission_pages: Literal["prompt", "chunk", "any"] = "prompt"
-    """What must be free before a prefill starts: pages for its whole prompt, or for its first chunk."""
+    admission_pages: Literal["prompt", "chunk", "all", "any"] = "prompt"
+    """For what pages must be free before a prefill starts: prompt, first chunk, or all that may ever get K/V."""
     max_prefill_rows: int = 1
     max_step_tokens: int = 0
     """0: prefill_chunk * max_prefill_rows + batch_size."""

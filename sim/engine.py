@@ -21,6 +21,7 @@ from backends.protocol import Backend, Pending
 from invariants.auditor import Auditor
 from paged_attention.plan import CoreSnapshot, Effect, StepPlan
 from sim.clock import Moment, Order
+from sim.cores.checked import CoreFormError, raised
 from sim.cores.protocol import ServingCore
 from sim.cost_model import CostModel
 from sim.disturbances import Disturber
@@ -205,8 +206,10 @@ class Engine:
             effects = self._core.submit(request)
         except ValueError as error:
             effects, refusal = (), str(error)
+        except CoreFormError as error:
+            raise PartError(str(error)) from error
         except Exception as error:
-            raise PartError(f"submit({request.id}) raised {type(error).__name__}: {error}") from error
+            raise PartError(f"submit({request.id}) raised {raised(error, self._core)}") from error
         if refusal is None:
             self._unfinished += 1
             self._recorder.submitted(now_ns, request.id, len(request.prompt), effects)

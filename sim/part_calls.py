@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
+from sim.cores.checked import CheckedCore, CoreFormError, raised
+
 A = TypeVarTuple("A")
 T = TypeVar("T")
 
@@ -17,6 +19,11 @@ def ask(step: int, call: Callable[[*A], T], *args: *A) -> T:
     """Call a part under test. PartError: it raised."""
     try:
         return call(*args)
+    except CoreFormError as error:
+        raise PartError(f"step {step}: {error}") from error
     except Exception as error:
+        part = getattr(call, "__self__", None)
         name = getattr(call, "__qualname__", repr(call))
-        raise PartError(f"step {step}: {name}() raised {type(error).__name__}: {error}") from error
+        if isinstance(part, CheckedCore):
+            name = f"{type(part.core).__name__}.{getattr(call, '__name__', call)}"
+        raise PartError(f"step {step}: {name}() raised {raised(error, part)}") from error

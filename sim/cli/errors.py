@@ -7,6 +7,7 @@ import errno
 from backends.protocol import BackendUnavailableError
 from reports.record import RecordError
 from sim.build import SetupError
+from sim.cores.checked import CoreFormError
 from sim.cores.registry import UnknownCoreError
 from sim.exit_codes import ExitCode
 from sim.judge import PlanLogError
@@ -14,7 +15,16 @@ from sim.mutants import UnknownMutantError
 from sim.replay import ReplayError
 from sim.scenario import ScenarioError
 
-USAGE_ERRORS = (ScenarioError, PlanLogError, RecordError, UnknownCoreError, UnknownMutantError, ReplayError, SetupError)
+USAGE_ERRORS = (
+    ScenarioError,
+    PlanLogError,
+    RecordError,
+    UnknownCoreError,
+    UnknownMutantError,
+    ReplayError,
+    SetupError,
+    CoreFormError,
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

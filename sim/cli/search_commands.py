@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
+from sim.cli.errors import UsageError
 from sim.cli.options import AsJson, Overrides, Quiet, exits
 from sim.exit_codes import ExitCode
 
@@ -99,6 +100,8 @@ def fuzz(
         _show_fuzz(found)
     if not result.canary_caught:
         return ExitCode.INTERNAL
+    if result.refused and result.refused == result.scenarios:
+        raise UsageError(f"none of {result.scenarios} scenarios could be run: {result.refusal}")
     return ExitCode.BROKE if result.shrunk else ExitCode.HELD
 
 
@@ -141,10 +144,10 @@ def _show_fuzz(found: dict[str, Any]) -> None:
         return
     for violation in found["violations"]:
         typer.echo(f"violated {violation['message']}")
-        typer.echo(
-            f"  shrunk to {violation['requests']} requests, {violation['operations']} operations: {violation['file']}"
-        )
+        typer.echo(f"  shrunk to {_size(violation['requests'], violation['operations'])}: {violation['file']}")
         typer.echo(f"  kvproof replay {violation['file']}")
+    if found["refused"]:
+        typer.echo(f"{found['refused']:,} scenarios were left out: {found['refusal']}")
     hit = sum(1 for count in found["sometimes"].values() if count)
     word = "BROKE" if found["violations"] else "HELD"
     typer.echo(
@@ -152,6 +155,11 @@ def _show_fuzz(found: dict[str, Any]) -> None:
         f"{found['steps_per_spin']:,.0f} per spin, {hit} of {len(found['sometimes'])} situations met, "
         f"{len(found['violations'])} statements broke"
     )
+
+
+def _size(requests: int, operations: int) -> str:
+    counts = ((requests, "request"), (operations, "operation"))
+    return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
 
 
 def explore(
@@ -185,6 +193,7 @@ def explore(
     """
     from rich.console import Console
 
+    from sim.build import SetupError
     from sim.cores.registry import core_factory
     from sim.mutants import find_mutant, planted
     from sim.search.explore import explore as search
@@ -207,13 +216,18 @@ def explore(
     )
     console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     status = console.status("exploring") if console.is_terminal and not quiet else None
+    factory = core_factory(core)
+    try:
+        factory(scope.config())
+    except ValueError as error:
+        raise SetupError(f"core: {error}") from error
     with planted(find_mutant(plant) if plant else None):
         if status is not None:
             status.start()
         try:
             found = search(
                 scope,
-                core_factory(core),
+                factory,
                 max_seconds=seconds,
                 progress=lambda seen: (
                     status.update(f"{seen.states:,} states, {seen.transitions:,} transitions, depth {seen.depth}")
@@ -299,9 +313,6 @@ def shrink(
         sys.stdout.write(json.dumps(found) + "\n")
     elif not quiet:
         typer.echo(f"violated {shrunk.finding.message}")
-        typer.echo(
-            f"shrunk to {shrunk.num_requests} requests, {shrunk.num_operations} operations in {shrunk.tried} tries: "
-            f"{target}"
-        )
+        typer.echo(f"shrunk to {_size(shrunk.num_requests, shrunk.num_operations)} in {shrunk.tried} tries: {target}")
         typer.echo(f"kvproof replay {target}")
     return ExitCode.HELD

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Final
 
 from backends.loading import load_function
+from sim.cores.checked import CheckedFactory
 from sim.cores.protocol import CoreConfig, ServingCore
 
 GROUP: Final = "kvproof.cores"
@@ -30,6 +31,8 @@ def core_names() -> dict[str, str]:
 def core_factory(name: str) -> CoreFactory:
     """The function that builds the core: that of a registered name, or the one that "module:function" names.
 
+    Cores that are not ours are checked for the form of what they answer (`sim.cores.checked`).
+
     UnknownCoreError: there is none, or its module is not there.
     """
     names = core_names()
@@ -37,7 +40,9 @@ def core_factory(name: str) -> CoreFactory:
         raise UnknownCoreError(
             f"core.kind: there is no core '{name}'; give 'module:function', or one of {', '.join(sorted(names))}"
         )
+    path = names.get(name, name)
     try:
-        return load_function(names.get(name, name))
+        factory = load_function(path)
     except ValueError as error:
         raise UnknownCoreError(f"core.kind: {error}") from error
+    return factory if path in BUILT_IN.values() else CheckedFactory(factory, path)

@@ -23,9 +23,10 @@ def as_regression(shrunk: Shrunk) -> Scenario:
 def failure_text(shrunk: Shrunk) -> str:
     """The scenario as YAML, comments first; it loads as `as_regression`."""
     scenario, finding = as_regression(shrunk), shrunk.finding
+    left = "1 operation is" if shrunk.num_operations == 1 else f"{shrunk.num_operations} operations are"
     lines = [
         f"# Breaks {finding.id}: {_one_line(finding.message)}",
-        f"# {shrunk.num_operations} operations are left; no smaller scenario breaks it first.",
+        f"# {left} left; no smaller scenario breaks it first.",
         "# See it again: kvproof replay FILE. Once it is fixed, replace expect by {violations: 0}.",
     ]
     return "\n".join(lines) + "\n" + minimal_yaml(scenario)

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
+from sim.build import SetupError
 from sim.mutants import CANARY, find_mutant, planted
 from sim.scenario import Scenario
 from sim.search.failure import write_failure_file
@@ -60,6 +61,10 @@ class Slice:
     cpu_seconds: float
     found: tuple[tuple[int, Finding], ...]
     sometimes: Counter[str]
+    refused: int = 0
+    """Scenarios whose sizes the core did not take."""
+    refusal: str = ""
+    """Why it did not, the last time."""
 
 
 @dataclass(slots=True)
@@ -76,6 +81,10 @@ class FuzzResult:
     """Invariant to the scenario's number and what it was shrunk to."""
     sometimes: Counter[str] = field(default_factory=Counter[str])
     files: dict[str, Path] = field(default_factory=dict[str, Path])
+    refused: int = 0
+    """Scenarios whose sizes the core did not take."""
+    refusal: str = ""
+    """Why it did not, the last time."""
 
     @property
     def scenarios(self) -> int:
@@ -96,6 +105,8 @@ class FuzzResult:
             "shard": "/".join(map(str, self.options.shard)),
             "scenarios": self.scenarios,
             "searched": self.searched,
+            "refused": self.refused,
+            "refusal": self.refusal,
             "steps": self.steps,
             "steps_per_cpu_second": round(rate, 1),
             "steps_per_spin": round(rate * spin_seconds, 1),
@@ -141,6 +152,8 @@ def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Calla
         result.steps += one.plans
         result.cpu_seconds += one.cpu_seconds
         result.sometimes += one.sometimes
+        result.refused += one.refused
+        result.refusal = one.refusal or result.refusal
         for number, finding in one.found:
             if finding.id not in result.shrunk:
                 shrunk = shrink(_scenario(options, number), is_planted=True)
@@ -217,11 +230,16 @@ def work(options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | 
     done = plans = 0
     found: dict[str, tuple[int, Finding]] = {}
     sometimes: Counter[str] = Counter()
+    refused, refusal = 0, ""
     while (limit is None or done < limit) and (done == 0 or time.monotonic() < end):
         number = cursor + done * stride
-        finding = probe(_scenario(options, number), sometimes=sometimes, is_planted=True)
         done += 1
+        try:
+            finding = probe(_scenario(options, number), sometimes=sometimes, is_planted=True)
+        except SetupError as error:
+            refused, refusal = refused + 1, str(error)
+            continue
         plans += finding.plans
         if finding.id:
             found.setdefault(finding.id, (number, finding))
-    return Slice(job, done, plans, time.process_time() - start, tuple(found.values()), sometimes)
+    return Slice(job, done, plans, time.process_time() - start, tuple(found.values()), sometimes, refused, refusal)

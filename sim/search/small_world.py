@@ -22,6 +22,7 @@ from invariants.auditor import AuditConfig, Auditor, Totals
 from invariants.catalogue import CATALOGUE
 from invariants.violation import Violation
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, Request, StepOutcome, StepPlan
+from sim.cores.checked import CoreFormError, raised
 from sim.cores.protocol import CoreConfig, ServingCore
 
 Kind = tuple[int, int]
@@ -155,7 +156,7 @@ def move(world: World, action: Action, *, all_eos: bool) -> list[tuple[Action, C
     try:
         return _MOVES[action.what](world, action, all_eos)
     except Exception as error:
-        world.crash = f"{type(error).__name__}: {error}"
+        world.crash = _crash(world, error)
         return []
 
 
@@ -263,7 +264,11 @@ def judge_end(world: World) -> None:
         pending = world.core.pending()
         world.auditor.finished(world.now_ns, pending, world.core.snapshot, None, Totals(0, 0, 0, 0, 0, 0))
     except Exception as error:
-        world.crash = f"{type(error).__name__}: {error}"
+        world.crash = _crash(world, error)
+
+
+def _crash(world: World, error: Exception) -> str:
+    return str(error) if isinstance(error, CoreFormError) else f"the core raised {raised(error, world.core)}"
 
 
 # ---- copies

@@ -22,7 +22,7 @@ from invariants.auditor import AuditConfig, Auditor, Totals
 from invariants.catalogue import CATALOGUE
 from invariants.violation import Violation
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, Request, StepOutcome, StepPlan
-from sim.cores.checked import CoreFormError, raised
+from sim.cores.checked import CheckedCore, CoreFormError, raised
 from sim.cores.protocol import CoreConfig, ServingCore
 
 Kind = tuple[int, int]
@@ -300,9 +300,16 @@ def _view(
 
 
 def freeze(world: World) -> bytes:
-    """The world as bytes, from which any number of copies can be made. Raises what pickling a foreign core raises."""
+    """The world as bytes, from which any number of copies can be made. CoreFormError: its core cannot be pickled."""
     buffer = io.BytesIO()
-    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(world)
+    try:
+        _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(world)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        inner = world.core.core if isinstance(world.core, CheckedCore) else world.core
+        raise CoreFormError(
+            f"{type(inner).__name__} cannot be copied by pickle ({error}); an exploration copies cores: keep lambdas,"
+            " generators, threads and open files out of its attributes, and its class in a module"
+        ) from error
     return buffer.getvalue()
 
 

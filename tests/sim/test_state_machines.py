@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from sim.search.small_world import Action, Scope, freeze, move, new_world, thaw
 from sim.search.state_key import state_key
 from sim.search.stateful import BrokenError, kvproof_stateful, page_manager_stateful
 from sim.search.tape import scenario_of_tape, scenarios
+from tests.sim.page_parts import reader_environment
 
 
 def manager(num_pages: int) -> HBMPageManager:
@@ -128,8 +128,8 @@ def test_explore_prints_what_it_saw(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_plugin_fuzzes_a_named_core(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from sim.cores.paged_attention import build\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "sim.search.pytest_plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "kvproof", "-p", "no:cacheprovider"]
     command += ["--kvproof-core", "mine:build", "--kvproof-examples", "3", "--rootdir", str(tmp_path), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = reader_environment(tmp_path)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert "2 passed" in done.stdout, done.stdout + done.stderr

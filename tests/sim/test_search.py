@@ -63,7 +63,8 @@ def test_extremes_are_drawn() -> None:
     assert min(s.cache.page_size for s in drawn) == 1
     assert min(s.core.batch_size for s in drawn) == 1
     assert min(s.core.prefill_chunk for s in drawn) == 1
-    assert {fault.kind for s in drawn for fault in s.faults} == {"cancel", "fail"}
+    kinds = {fault.kind for s in drawn for fault in s.faults}
+    assert kinds == {"cancel", "fail", "fork", "poll", "resubmit", "stall"}
 
 
 def test_a_scenario_spelled_out_breaks_the_same_statement() -> None:

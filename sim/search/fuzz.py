@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sim.build import SetupError
+from sim.host_devices import compile_quickly
 from sim.mutants import CANARY, find_mutant, planted
 from sim.scenario import Scenario
 from sim.search.failure import write_failure_file
@@ -137,6 +138,8 @@ def canary_is_caught(seed: int) -> bool:
 
 def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]) -> FuzzResult:
     """Search until time or scenarios run out; minimal scenarios go to `out` as they are found."""
+    if options.backend == "jax":
+        compile_quickly()
     result = FuzzResult(options, canary_caught=canary_is_caught(options.seed))
     if not result.canary_caught:
         return result

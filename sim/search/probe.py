@@ -14,6 +14,7 @@ from sim.cores.protocol import ServingCore
 from sim.cost_model import cost_model
 from sim.engine import Engine, Parts
 from sim.faults import FaultSchedule
+from sim.metrics import run_figures
 from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
 from sim.part_calls import PartError
@@ -97,7 +98,9 @@ def probe_parts(
             engine.judge_end()
         except PartError as error:
             crash = str(error)
-        engine.close()
+        end_ns = engine.close()
+        if not crash and not auditor.violations:
+            auditor.summarised(run_figures(recorder, end_ns, workload.skipped))
     finally:
         backend.close()
     if sometimes is not None:

@@ -3,8 +3,9 @@
     operations (requests, cancels, failed steps) -> their arguments -> sizes and policy of the core -> operations ...
 
 until a whole round changes nothing: the result is 1-minimal, that is, no single operation can be left out and no single
-number made smaller. A candidate counts only where the first violation has the same id, so that a shrink never slips
-from one bug to another (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 2002).
+number made smaller (where the device compiles, sizes stay: a program for each would take seconds). A candidate counts
+only where the first violation has the same id, so that a shrink never slips from one bug to another (Zeller and
+Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 2002).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Data = dict[str, Any]
 Probe = Callable[[Scenario], Finding]
 
 DEVICE_KEYS: Final = frozenset({"layers", "kv_heads", "head_dim", "dtype"})
-"""Keys of the cache that mean nothing without a device."""
+"""Keys of the cache that mean nothing without a device, and that a compiler's programs are made for."""
 
 SIMPLEST: Final[tuple[tuple[tuple[str, str], tuple[Any, ...]], ...]] = (
     (("core", "lag"), (0, 1)),
@@ -204,10 +205,10 @@ class _Search:
 
     def _simplify(self) -> bool:
         changed = False
-        host_only = self._data["backend"]["kind"] == "none"
+        kind = self._data["backend"]["kind"]
         for path, values in SIMPLEST:
             section, key = path
-            if host_only and key in DEVICE_KEYS:
+            if kind != "numpy" and key in DEVICE_KEYS:
                 continue
             for value in values:
                 if self._data[section][key] == value:
@@ -217,8 +218,8 @@ class _Search:
                 if self._try(data):
                     changed = True
                     break
-        for path in SIZES:
-            if not (host_only and path[1] in DEVICE_KEYS):
+        for path in SIZES if kind in {"none", "numpy"} else ():
+            if kind == "numpy" or path[1] not in DEVICE_KEYS:
                 changed |= self._lower(path, 1)
         return changed
 

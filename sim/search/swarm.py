@@ -26,13 +26,53 @@ KINDS: Final = (
 )
 """Kinds of operation, each of which a swarm may leave out."""
 
-DEVICE_GEOMETRIES: Final = (
-    {"page_size": 4, "num_pages": 12, "max_sequence_length": 22, "batch_size": 4, "prefill_chunk": 5},
-    {"page_size": 2, "num_pages": 9, "max_sequence_length": 12, "batch_size": 2, "prefill_chunk": 4},
-    {"page_size": 8, "num_pages": 10, "max_sequence_length": 40, "batch_size": 4, "prefill_chunk": 8},
-    {"page_size": 3, "num_pages": 20, "max_sequence_length": 20, "batch_size": 8, "prefill_chunk": 3},
+_HEADS: Final = {"layers": 2, "kv_heads": 2, "head_dim": 8}
+_READER: Final = {"kind": "reader", "lanes": 2}
+DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
+    {
+        "core": {"batch_size": 4, "prefill_chunk": 5},
+        "cache": {"page_size": 4, "num_pages": 12, "max_sequence_length": 22, "dtype": "bfloat16", **_HEADS},
+        "model": _READER,
+    },
+    {
+        "core": {"batch_size": 2, "prefill_chunk": 4},
+        "cache": {"page_size": 2, "num_pages": 9, "max_sequence_length": 12, "dtype": "float32", **_HEADS},
+        "model": _READER,
+    },
+    {
+        "core": {"batch_size": 4, "prefill_chunk": 6},
+        "cache": {"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
+        "backend": {"road": "rows"},
+        "model": _READER,
+    },
+    {
+        "core": {"batch_size": 3, "prefill_chunk": 5},
+        "cache": {"page_size": 4, "num_pages": 9, "max_sequence_length": 28, "dtype": "bfloat16", **_HEADS},
+        "model": {"kind": "tiny", "vocab_size": 32},
+        "workload": {"end_by": "eos", "temperature": [0.0, 0.7, 2.0], "top_p": [1.0, 0.8]},
+    },
+    {
+        "core": {"batch_size": 4, "prefill_chunk": 6},
+        "cache": {
+            **{"page_size": 4, "num_pages": 16, "max_sequence_length": 34, "dtype": "bfloat16", "quantize": True},
+            **{"layers": 1, "kv_heads": 3, "head_dim": 8},
+        },
+        "model": {"kind": "reader"},
+    },
+    {
+        "core": {"batch_size": 4, "prefill_chunk": 32},
+        "cache": {"page_size": 1, "num_pages": 260, "max_sequence_length": 96, "dtype": "bfloat16", **_HEADS},
+        "model": _READER,
+    },
+    {
+        "core": {"batch_size": 8, "prefill_chunk": 3},
+        "cache": {"page_size": 8, "num_pages": 7, "max_sequence_length": 20, "dtype": "float16", **_HEADS},
+        "model": {"kind": "echo"},
+    },
 )
-"""Sizes for a device, where every new one compiles anew."""
+"""What runs on a device: every new shape, dtype, model or road compiles anew, so there are few of them."""
+SETUP_FOR: Final = 4
+"""Scenarios in a row with one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +108,42 @@ class Source(Protocol):
 def draw(seed: int, number: int, *, backend: str = "none", limits: Limits = DEFAULT_LIMITS) -> Scenario:
     """Scenario `number` of the search with this seed; the same on every machine."""
     # Python's own generator: thirty small draws cost a tenth of NumPy's.
-    return scenario_from(random.Random(f"{seed}:{number}"), f"fuzz-{seed}-{number}", backend=backend, limits=limits)
+    source, name = random.Random(f"{seed}:{number}"), f"fuzz-{seed}-{number}"
+    if backend == "none":
+        return scenario_from(source, name, limits=limits)
+    setup = DEVICE_SETUPS[number // SETUP_FOR % len(DEVICE_SETUPS)]
+    return _scenario(source, name, {**setup, "backend": {"kind": backend, **setup.get("backend", {})}}, limits)
 
 
-def scenario_from(source: Source, name: str, *, backend: str = "none", limits: Limits = DEFAULT_LIMITS) -> Scenario:
-    """A scenario drawn from any source of choices."""
-    sizes = _device_sizes(source) if backend == "jax" else _host_sizes(source, limits)
+def scenario_from(source: Source, name: str, *, limits: Limits = DEFAULT_LIMITS) -> Scenario:
+    """A scenario that is planned only, drawn from any source of choices."""
+    sizes = _host_sizes(source, limits)
+    core = {key: sizes.pop(key) for key in ("batch_size", "prefill_chunk")}
+    return _scenario(source, name, {"core": core, "cache": sizes, "backend": {"kind": "none"}}, limits)
+
+
+def _scenario(source: Source, name: str, setup: dict[str, dict[str, Any]], limits: Limits) -> Scenario:
+    """The rest of a scenario whose sizes are known."""
     weights = _weights(source)
-    requests = _requests(source, weights, sizes, limits)
-    core = {
-        "batch_size": sizes["batch_size"],
-        "prefill_chunk": sizes["prefill_chunk"],
+    if setup.get("model", {}).get("kind") == "tiny":
+        weights["eos"] = 0.0  # It draws its own.
+    requests = _requests(source, weights, {**setup["core"], **setup["cache"]}, limits)
+    policy = {
         "lag": source.choice((0, 0, 1, 2)),
         "mix": source.choice(MIXES),
         "max_decode_wait": source.choice((0, 1, 4)),
         "max_prefill_wait": source.choice((0, 1, 4)),
     }
-    cache: dict[str, Any] = {key: sizes[key] for key in ("page_size", "num_pages", "max_sequence_length")}
-    if backend == "jax":
-        cache |= {"layers": 2, "kv_heads": 2, "head_dim": 8}
     return Scenario.model_validate(
         {
+            **setup,
             "name": name,
             "seed": source.randint(0, 2**31 - 1),
-            "core": core,
-            "cache": cache,
-            "backend": {"kind": backend},
-            "workload": {"arrivals": {"kind": "script", "requests": requests}},
+            "core": {**setup["core"], **policy},
+            "workload": {**setup.get("workload", {}), "arrivals": {"kind": "script", "requests": requests}},
             "cost": {"kind": "fixed", "step_ns": 1000},
             "faults": _faults(source, weights, requests),
-            "invariants": {"full_every": source.choice((16, 4, 1))},
+            "invariants": {"full_every": source.choice((16, 16, 4, 1))},
             "expect": {"violations": 0, "rejected": {"min": 0}},
         }
     )
@@ -129,10 +175,6 @@ def _wide_sizes(source: Source) -> dict[str, int]:
         "batch_size": 8,
         "prefill_chunk": 16,
     }
-
-
-def _device_sizes(source: Source) -> dict[str, int]:
-    return dict(source.choice(DEVICE_GEOMETRIES))
 
 
 def _weights(source: Source) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -10,15 +9,13 @@ from multiprocessing import get_context
 from typing import Any, Final
 
 from invariants.catalogue import ACTIVE
+from sim.host_devices import compile_quickly
 from sim.mutants import CANARY, MUTANTS, Mutant
 from sim.selftest.fate import Fate, alarms, kill, killed_alone
 from sim.selftest.honest import Honest, honest_names, run_honest
 
 CANDIDATES: Final = 6
 """Mutants that an invariant may try to be the sole killer of, the quickest first."""
-
-QUICK_COMPILE: Final = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""Every mutant on the device compiles programs of its own and runs each a few times: compiling is what costs."""
 
 Progress = Callable[[int, int, str], None]
 """(jobs done, jobs in all, what was just done)."""
@@ -123,12 +120,7 @@ def _chosen(mutant: Mutant, options: SelftestOptions) -> bool:
 
 
 def _workers(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_prepare)
-
-
-def _prepare() -> None:
-    """Runs in each worker before JAX starts."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=compile_quickly)
 
 
 def _finished(jobs: dict[Future[Any], str], progress: Progress) -> Iterable[Any]:

@@ -1,6 +1,7 @@
 """Makes a failing scenario as small as it gets while the same statement breaks first.
 
     operations (requests, cancels, failed steps) -> their arguments -> sizes and policy of the core -> operations ...
+    where all of that changes nothing: several changes at once that take one operation away (bold.py)
 
 until a whole round changes nothing: the result is 1-minimal, that is, no single operation can be left out and no single
 number made smaller (where the device compiles, sizes stay: a program for each would take seconds). A candidate counts
@@ -21,9 +22,9 @@ from pydantic import ValidationError
 from sim.build import SetupError
 from sim.mutants import find_mutant, planted
 from sim.scenario import Scenario
+from sim.search.bold import Data, bold_moves, leave_out, operations_of, requests_of, step_of
 from sim.search.probe import CoreMaker, Finding, probe
 
-Data = dict[str, Any]
 Probe = Callable[[Scenario], Finding]
 
 DEVICE_KEYS: Final = frozenset({"layers", "kv_heads", "head_dim", "dtype"})
@@ -70,7 +71,7 @@ class Shrunk:
     @property
     def num_requests(self) -> int:
         """Requests that are left."""
-        return len(_requests(self.scenario.model_dump(mode="python", by_alias=True)))
+        return len(requests_of(self.scenario.model_dump(mode="python", by_alias=True)))
 
     @property
     def num_operations(self) -> int:
@@ -118,8 +119,11 @@ class _Search:
         self.left = budget
         self._run, self._budget, self._progress = run, budget, progress
         self._data: Data = scenario.model_dump(mode="python", by_alias=True)
+        self._data["workload"]["arrivals"]["requests"] = list(requests_of(self._data))
+        self._data["faults"] = list(self._data["faults"])
         self._seen: set[str] = set()
-        self.kept = list(range(len(_requests(self._data))))
+        self._compiles = scenario.backend.kind not in {"none", "numpy"}
+        self.kept = list(range(len(requests_of(self._data))))
 
     def round(self) -> bool:
         """All passes once; whether any of them made it smaller."""
@@ -127,7 +131,7 @@ class _Search:
         changed |= self._drop_operations()
         changed |= self._shrink_arguments()
         changed |= self._simplify()
-        return changed
+        return changed or self._be_bold()
 
     def _try(self, data: Data) -> bool:
         """Take `data` where it is a scenario in which the same statement breaks first."""
@@ -144,7 +148,7 @@ class _Search:
         if finding.id != self.finding.id:
             return False
         self.best, self.finding, self._data = candidate, finding, data
-        self._progress(self._budget - self.left, len(_operations(data)))
+        self._progress(self._budget - self.left, len(operations_of(data)))
         return True
 
     # ---- operations
@@ -153,16 +157,16 @@ class _Search:
         """What comes after the violation cannot matter."""
         last = self.finding.step + 1
         data = self._data
-        late = [at for at, operation in enumerate(_operations(data)) if _step_of(data, operation) > last]
+        late = [at for at, operation in enumerate(operations_of(data)) if step_of(data, operation) > last]
         return bool(late) and self._try_without(late)
 
     def _drop_operations(self) -> bool:
         """Leave out operations: halves first, then quarters, down to single ones."""
         changed = False
-        size = max(1, len(_operations(self._data)) // 2)
+        size = max(1, len(operations_of(self._data)) // 2)
         while True:
             at = 0
-            while at < (count := len(_operations(self._data))) and self.left > 0:
+            while at < (count := len(operations_of(self._data))) and self.left > 0:
                 # From the end: an operation is more likely to matter to those after it.
                 gone = list(range(max(0, count - at - size), count - at))
                 if self._try_without(gone):
@@ -176,17 +180,25 @@ class _Search:
     def _try_without(self, gone: list[int]) -> bool:
         """`_try` without some operations; cancels follow their requests' new numbers, or go with them."""
         data = deepcopy(self._data)
-        kept = _leave_out(data, gone)
+        kept = leave_out(data, gone)
         if not kept or not self._try(data):
             return False
         self.kept = [self.kept[at] for at in kept]
         return True
 
+    def _be_bold(self) -> bool:
+        """The first move that takes an operation away together with something else."""
+        for data, kept in bold_moves(self._data, sizes=not self._compiles):
+            if self._try(data):
+                self.kept = [self.kept[at] for at in kept]
+                return True
+        return False
+
     # ---- numbers
 
     def _shrink_arguments(self) -> bool:
         changed = False
-        for number in range(len(_requests(self._data))):
+        for number in range(len(requests_of(self._data))):
             for name, least in (("at_step", 0), ("prompt_tokens", 1), ("output_tokens", 1), ("eos_after", 1)):
                 changed |= self._lower(("workload", "arrivals", "requests", number, name), least)
             changed |= self._no_eos(number)
@@ -196,11 +208,11 @@ class _Search:
 
     def _no_eos(self, number: int) -> bool:
         """An end by max_tokens is simpler than one by EOS."""
-        request = _requests(self._data)[number]
+        request = requests_of(self._data)[number]
         if request.get("eos_after") is None:
             return False
         data = deepcopy(self._data)
-        _requests(data)[number] = {**request, "eos_after": None, "output_tokens": request["eos_after"]}
+        requests_of(data)[number] = {**request, "eos_after": None, "output_tokens": request["eos_after"]}
         return self._try(data)
 
     def _simplify(self) -> bool:
@@ -218,7 +230,7 @@ class _Search:
                 if self._try(data):
                     changed = True
                     break
-        for path in SIZES if kind in {"none", "numpy"} else ():
+        for path in () if self._compiles else SIZES:
             if kind == "numpy" or path[1] not in DEVICE_KEYS:
                 changed |= self._lower(path, 1)
         return changed
@@ -238,37 +250,6 @@ class _Search:
             else:
                 low = low + max(1, (value - low) // 2)
         return changed
-
-
-def _requests(data: Data) -> list[Data]:
-    return data["workload"]["arrivals"]["requests"]
-
-
-def _operations(data: Data) -> list[tuple[str, int]]:
-    """Every operation as (list, index): requests in order, then faults."""
-    requests = [("request", at) for at in range(len(_requests(data)))]
-    return requests + [("fault", at) for at in range(len(data["faults"]))]
-
-
-def _step_of(data: Data, operation: tuple[str, int]) -> int:
-    kind, at = operation
-    return _requests(data)[at]["at_step"] if kind == "request" else data["faults"][at]["at_step"]
-
-
-def _leave_out(data: Data, gone: list[int]) -> list[int]:
-    """Take operations out of the data, in place; which requests are left."""
-    names = _operations(data)
-    left_out = {names[at] for at in gone}
-    kept = [at for at in range(len(_requests(data))) if ("request", at) not in left_out]
-    renumbered = {old: new for new, old in enumerate(kept)}
-    data["workload"]["arrivals"]["requests"] = [_requests(data)[at] for at in kept]
-    faults: list[Data] = []
-    for at, fault in enumerate(data["faults"]):
-        if ("fault", at) in left_out or fault.get("request", kept[0] if kept else -1) not in renumbered:
-            continue
-        faults.append({**fault, "request": renumbered[fault["request"]]} if "request" in fault else fault)
-    data["faults"] = faults
-    return kept
 
 
 def _at(data: Any, path: tuple[str | int, ...]) -> Any:

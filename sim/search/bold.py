@@ -78,12 +78,22 @@ def _merged(data: Data, *, sizes: bool) -> Iterator[tuple[Data, Kept]]:
             for fault in changed["faults"]:
                 if fault.get("request") == second:
                     fault["request"] = first
-            kept = leave_out(changed, [second])
-            if not sizes:
-                yield changed, kept
-                continue
-            _make_room(changed["cache"], one["prompt_tokens"] + one["output_tokens"] - 1)
-            yield changed, kept
+            if sizes:
+                _make_room(changed["cache"], one["prompt_tokens"] + one["output_tokens"] - 1)
+            else:
+                _cut_to(one, _longest(changed["cache"]))
+            yield changed, leave_out(changed, [second])
+
+
+def _longest(cache: Data) -> int:
+    """The longest sequence that fits, in tokens with K/V."""
+    return min(cache["max_sequence_length"], (cache["num_pages"] - 1) * cache["page_size"])
+
+
+def _cut_to(request: Data, length: int) -> None:
+    """Let a request have no more than `length` tokens with K/V, the prompt first."""
+    request["prompt_tokens"] = min(request["prompt_tokens"], length)
+    request["output_tokens"] = min(request["output_tokens"], length - request["prompt_tokens"] + 1)
 
 
 def _make_room(cache: Data, length: int) -> None:

@@ -27,6 +27,8 @@ class Hunt:
     """What broke first; "": nothing within the time."""
     seconds: float
     """Wall time until the first scenario that broke, planting and compiling included."""
+    cpu_seconds: float
+    """The same in CPU time, all threads together: what is left where a machine is shared."""
     scenarios: int
     """Scenarios run until then."""
     requests: int = 0
@@ -57,16 +59,16 @@ def backend_of(mutant: Mutant) -> str:
 
 def hunt(name: str, seed: int, *, seconds: float = 60.0) -> Hunt:
     """Search from a cold seed for the planted bug `name`, shrink what breaks first, and see it again twice."""
-    mutant, start = find_mutant(name), time.monotonic()
+    mutant, start, cpu_start = find_mutant(name), time.monotonic(), time.process_time()
     with planted(mutant):
         scenario = _drawn(mutant, seed, 0)
         finding, scenarios = probe(scenario, is_planted=True), 1
         while not finding.id and time.monotonic() - start < seconds:
             scenario = _drawn(mutant, seed, scenarios)
             finding, scenarios = probe(scenario, is_planted=True), scenarios + 1
-        found = time.monotonic()
+        found, cpu_seconds = time.monotonic(), time.process_time() - cpu_start
         if not finding.id:
-            return Hunt(mutant.id, seed, "", found - start, scenarios)
+            return Hunt(mutant.id, seed, "", found - start, cpu_seconds, scenarios)
         shrunk = shrink(scenario, is_planted=True)
         done = time.monotonic()
         again = {_shown(probe(shrunk.scenario, is_planted=True)) for _ in range(2)}
@@ -75,6 +77,7 @@ def hunt(name: str, seed: int, *, seconds: float = 60.0) -> Hunt:
         seed,
         finding.id,
         found - start,
+        cpu_seconds,
         scenarios,
         shrunk.num_requests,
         shrunk.num_operations,
@@ -104,7 +107,7 @@ def medians(hunts: Iterable[Hunt]) -> dict[str, Any]:
     """Medians over the hunts that found something, and the hunts that missed."""
     hunts = list(hunts)
     found = [asdict(one) for one in hunts if one.id]
-    names = ("seconds", "scenarios", "requests", "operations", "shrink_seconds", "tried")
+    names = ("seconds", "cpu_seconds", "scenarios", "requests", "operations", "shrink_seconds", "tried")
     return {
         **{name: median(one[name] for one in found) if found else None for name in names},
         "hunts": len(hunts),

@@ -79,6 +79,7 @@ CROWD = draw(31, 0).model_copy(update={"faults": ()})
 
 def shown(wrapper: type[CoreWrapper], faults: list[dict[str, Any]]) -> Finding:
     data = CROWD.model_dump(by_alias=True)
+    data["invariants"] |= {"full_every": 256}
     data["core"] |= {"lag": 1, "batch_size": 1, "mix": "mixed"}
     requests = [{"prompt_tokens": 1, "output_tokens": 8}] * 3
     data["cache"] |= {"page_size": 4, "num_pages": 12, "max_sequence_length": 16}

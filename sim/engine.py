@@ -274,7 +274,7 @@ class Engine:
             for request in self._parts.faults.take_cancels(self._num_plans):
                 self._cancel(request)
             self._core, disturbed = self._disturber.disturb(self._core, self._num_plans, self.now_ns)
-            if "stall" in disturbed and self._flights:
+            if self._stopped() or ("stall" in disturbed and self._flights):
                 return
             plan = ask(self._num_plans, self._core.plan)
             if plan is None and "poll" in disturbed:

@@ -13,12 +13,14 @@ import pytest
 
 from sim.cli import main
 from sim.scenario import Scenario, load_scenario
+from sim.search.bold import bold_moves, operations_of, requests_of
+from sim.search.campaign import hunt
 from sim.search.concrete import concrete
 from sim.search.failure import as_regression, failure_text
 from sim.search.fuzz import FuzzOptions, fuzz, work
 from sim.search.probe import probe
 from sim.search.shrink import NothingToShrinkError, Shrunk, shrink
-from sim.search.swarm import draw
+from sim.search.swarm import DEVICE_SETUPS, SETUP_FOR, Limits, draw
 from tests.sim.run_parts import planned_only
 
 
@@ -202,3 +204,42 @@ def test_a_search_counts_the_situations_that_it_met() -> None:
     counted = work(FuzzOptions(seed=2, runs=5), 0, 0, 1, 5, 1e9).sometimes
     assert counted["all-slots-used"] > 0
     assert counted["end-by-max-tokens"] > 0
+
+
+def test_a_single_request_that_ends_by_eos_is_shrunk() -> None:
+    data = draw(1, 1).model_dump(by_alias=True)
+    requests = [{"prompt_tokens": 2, "output_tokens": 5, "eos_after": 2}]
+    data |= {"faults": [], "plant": "MP04", "workload": {"arrivals": {"kind": "script", "requests": requests}}}
+    assert shrink(Scenario.model_validate(data)).num_operations == 1
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("sizes", [True, False])
+def test_a_bold_move_takes_one_operation_away_and_what_names_a_request_still_does(number: int, sizes: bool) -> None:
+    scenario = draw(6, number, limits=Limits(max_requests=5))
+    data = scenario.model_dump(by_alias=True)
+    data["faults"] = list(data["faults"])
+    before = len(operations_of(data))
+    for moved, kept in bold_moves(data, sizes=sizes):
+        assert len(operations_of(moved)) < before
+        assert len(kept) == len(requests_of(moved))
+        assert all(fault.get("request", 0) < len(kept) for fault in moved["faults"])
+        assert sizes or (moved["core"], moved["cache"]) == (data["core"], data["cache"])
+
+
+def test_device_set_ups_are_few_and_each_comes_up() -> None:
+    drawn = [draw(0, number, backend="jax") for number in range(SETUP_FOR * len(DEVICE_SETUPS))]
+    shapes = {f"{s.cache} {s.core.batch_size} {s.core.prefill_chunk} {s.model} {s.backend}" for s in drawn}
+    assert len(shapes) == len(DEVICE_SETUPS) <= 8
+    assert {s.model.kind for s in drawn} == {"reader", "tiny", "echo"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", ["MP30", "MT10", "MS16", "MS26", "MI02", "SEED-22", "KS01", "MD09"])
+def test_a_planted_bug_is_found_without_a_hint_and_shrinks_to_a_few_operations(mutant: str) -> None:
+    found = hunt(mutant, 0, seconds=300)
+    assert found.id
+    assert found.replayed
+    # Ids are numbers in order of arrival: the first two whose texts are in another order are 9 and 10.
+    assert found.requests <= (11 if mutant == "MS16" else 4)
+    assert found.operations <= 12

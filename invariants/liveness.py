@@ -18,6 +18,10 @@ MAX_STEPS_AT_ONE_INSTANT = 16
 """Plans at one virtual time, beyond the lag: several only happen where steps are abandoned and planned again."""
 
 
+MOST_NAMED = 8
+"""Requests that a message names."""
+
+
 class LivenessJudge:
     """Counts steps against work."""
 
@@ -188,14 +192,18 @@ class LivenessJudge:
         """The end of the run: nobody is left, and the core says so too."""
         live = self.ledger.live
         self.findings.counts["L6"].add(1, 1 if self.ledger.submissions else 0)
-        for request, left in live.items():
-            why = pending.get(request, "the core does not list it as pending")
+        if live:
+            whys = [
+                f"request {request} is {left.state} at the end of the run:"
+                f" {pending.get(request, 'the core does not list it as pending')}"
+                for request, left in live.items()
+            ]
             self.findings.breach(
                 "L6",
-                f"request {request} is {left.state} at the end of the run: {why}",
-                requests=(request,),
-                expected="ended or cancelled",
-                found=left.state,
+                _some(whys),
+                requests=sorted(live),
+                expected="everybody ended or cancelled",
+                found={request: left.state for request, left in live.items()},
             )
         ghosts = [r for r in pending if r not in live]
         if ghosts:
@@ -211,7 +219,7 @@ class LivenessJudge:
         if stuck:
             self.findings.breach(
                 "L1",
-                f"admitted request {stuck[0]} never ended",
+                _some([f"request {request} was admitted and never ended" for request in stuck]),
                 requests=stuck,
                 expected="ended within its bound",
                 found=live[stuck[0]].state,
@@ -224,3 +232,9 @@ class LivenessJudge:
                 expected="a plan after each submission",
                 found="no plan",
             )
+
+
+def _some(whys: list[str]) -> str:
+    """As many as fit into a sentence."""
+    shown = "; ".join(whys[:MOST_NAMED])
+    return shown if len(whys) <= MOST_NAMED else f"{shown}; and {len(whys) - MOST_NAMED} more"

@@ -116,6 +116,11 @@ class Engine:
         return self._num_plans
 
     @property
+    def core(self) -> ServingCore:
+        """The core that is served; a fork may have taken the place of the one that the run began with."""
+        return self._core
+
+    @property
     def now_ns(self) -> int:
         """Simulated time."""
         now: Any = self._env.now

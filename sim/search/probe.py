@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Final
 
 from backends.protocol import Backend
 from invariants.violation import Violation
@@ -26,6 +27,9 @@ from sim.workload import Workload, concrete_faults, generate, prompt_tokens
 
 CRASH = "crash"
 """Stands for an invariant's id where the core or the backend raised."""
+
+STUCK: Final = frozenset({"S11", "L1", "L2", "L3"})
+"""Statements after whose breach it matters what each unfinished request waits for."""
 
 CoreMaker = Callable[[Scenario], ServingCore]
 
@@ -108,7 +112,17 @@ def probe_parts(
     digest, plans = recorder.hash.hexdigest, engine.num_plans
     if auditor.violations:
         first = auditor.violations[0]
-        return Finding(first.id, first.step, digest, str(first), plans, first)
+        message = str(first) + (_unfinished(engine.core) if first.id in STUCK else "")
+        return Finding(first.id, first.step, digest, message, plans, first)
     if crash:
         return Finding(CRASH, recorder.steps, digest, crash, plans)
     return Finding("", plans, digest, "", plans)
+
+
+def _unfinished(core: ServingCore) -> str:
+    """What a core says of each request that it has not finished."""
+    try:
+        pending = core.pending()
+    except Exception as error:  # a core that is broken already may break here too
+        return f" [pending() raised {type(error).__name__}: {error}]"
+    return f" [{'; '.join(f'request {request}: {why}' for request, why in pending.items()) or 'nothing is pending'}]"

@@ -243,3 +243,15 @@ def test_a_planted_bug_is_found_without_a_hint_and_shrinks_to_a_few_operations(m
     # Ids are numbers in order of arrival: the first two whose texts are in another order are 9 and 10.
     assert found.requests <= (11 if mutant == "MS16" else 4)
     assert found.operations <= 12
+
+
+def test_a_stuck_run_names_each_unfinished_request_and_why() -> None:
+    data = draw(1, 1).model_dump(by_alias=True)
+    requests = [{"prompt_tokens": 2, "output_tokens": 3}] * 3
+    data |= {"faults": [], "plant": "KP06", "workload": {"arrivals": {"kind": "script", "requests": requests}}}
+    data["core"] |= {"batch_size": 1, "mix": "mixed", "lag": 0}
+    data["cache"] |= {"page_size": 4, "num_pages": 9, "max_sequence_length": 8}
+    finding = probe(Scenario.model_validate(data))
+    assert finding.id == "S11"
+    assert "request 1: waits for a slot" in finding.message
+    assert "request 2: waits for a slot" in finding.message

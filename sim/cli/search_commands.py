@@ -148,7 +148,10 @@ def _show_fuzz(found: dict[str, Any]) -> None:
         typer.echo(f"  kvproof replay {violation['file']}")
     if found["refused"]:
         typer.echo(f"{found['refused']:,} scenarios were left out: {found['refusal']}")
-    hit = sum(1 for count in found["sometimes"].values() if count)
+    never = [name for name, count in found["sometimes"].items() if not count]
+    if never:
+        typer.echo(f"never met: {', '.join(never)}")
+    hit = len(found["sometimes"]) - len(never)
     word = "BROKE" if found["violations"] else "HELD"
     typer.echo(
         f"{word}: seed {found['seed']}: {found['scenarios']:,} scenarios, {found['steps']:,} checked steps, "

@@ -26,6 +26,7 @@ from sim.search.failure import write_failure_file
 from sim.search.probe import Finding, probe
 from sim.search.shrink import Shrunk, shrink
 from sim.search.swarm import draw
+from sim.sometimes import SOMETIMES
 
 CANARY_WITHIN: Final = 50
 """Scenarios in which the canary must be found."""
@@ -126,7 +127,7 @@ class FuzzResult:
                 }
                 for name, (number, shrunk) in sorted(self.shrunk.items())
             ],
-            "sometimes": dict(sorted(self.sometimes.items())),
+            "sometimes": {name: self.sometimes[name] for name in SOMETIMES},
         }
 
 

@@ -143,7 +143,8 @@ def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress
         for name in fate.alone:
             result.sole_killers.setdefault(name, fate.id)
     for invariant in sorted(ACTIVE - result.sole_killers.keys()):
-        pairs = tuple((fate.id, fate.driver) for fate in quickest if invariant in fate.fired)[:CANDIDATES]
+        named = [fate for fate in quickest if invariant in (*fate.fired, *MUTANTS[fate.id].caught_by)]
+        pairs = tuple((fate.id, fate.driver) for fate in named)[:CANDIDATES]
         if pairs:
             jobs[pool.submit(_alone, invariant, pairs)] = f"{invariant} alone"
         elif not host_only:

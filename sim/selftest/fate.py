@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
 from invariants.catalogue import ACTIVE
 from sim.mutants import Mutant, find_mutant, planted
 from sim.run import run
-from sim.selftest.drivers import Shown, drive, drivers_of, gauntlet, judged, scenario_of, shown
+from sim.selftest.drivers import VACUITY, Shown, drive, drivers_of, gauntlet, judged, scenario_of, shown
 
 LIMIT_SECONDS: Final = {"host": 10.0, "device": 60.0, "deep": 60.0}
 """Seconds in which a mutant must be noticed, by what it takes to see it."""
@@ -62,24 +62,23 @@ def kill(mutant_id: str) -> Fate:
     mutant = find_mutant(mutant_id)
     start = time.perf_counter()
     last = Shown("")
-    alone: list[str] = []
     try:
-        # Planted once for all runs, so that what they compile is compiled once.
-        with _at_most(3 * LIMIT_SECONDS[mutant.where]), planted(mutant):
-            for driver in drivers_of(mutant):
-                last = drive(mutant, driver)
-                if last.killed_by:
-                    break
+        # Planted once for all runs, so that what they compile is compiled once; vacuity also looks at the honest code.
+        with nullcontext() if drivers_of(mutant) == (VACUITY,) else planted(mutant):
+            with _at_most(2 * LIMIT_SECONDS[mutant.where]):
+                for driver in drivers_of(mutant):
+                    last = drive(mutant, driver)
+                    if last.killed_by:
+                        break
             seconds = time.perf_counter() - start
             if not last.killed_by:
                 return Fate(mutant_id, mutant.where, "", last.driver, 0, seconds)
-            again = drive(mutant, last.driver, stop="never")
-            for name in _worth_trying(mutant, last.killed_by, again.fired):
-                seen = drive(mutant, last.driver, only=frozenset({name}))
-                alone += [name] * (seen.killed_by == name)
+            with _at_most(LIMIT_SECONDS[mutant.where]):
+                same = drive(mutant, last.driver) == last
+            fired = _fired(mutant, last)
+            alone = [name for name in _worth_trying(mutant, last.killed_by, fired) if _alone(mutant, last.driver, name)]
     except TooLongError as error:
         return Fate(mutant_id, mutant.where, "", last.driver, 0, time.perf_counter() - start, complaint=str(error))
-    same = (again.killed_by, again.steps) == (last.killed_by, last.steps) and again.digests.startswith(last.digests)
     return Fate(
         mutant_id,
         mutant.where,
@@ -87,11 +86,20 @@ def kill(mutant_id: str) -> Fate:
         last.driver,
         last.steps,
         seconds,
-        again.fired,
+        fired,
         same,
         tuple(alone),
         last.complaint,
     )
+
+
+def _fired(mutant: Mutant, first: Shown) -> tuple[str, ...]:
+    """Every id that fires where the run goes on; a broken core may run for ever then."""
+    try:
+        with _at_most(LIMIT_SECONDS[mutant.where]):
+            return drive(mutant, first.driver, stop="never").fired
+    except TooLongError:
+        return first.fired
 
 
 def _worth_trying(mutant: Mutant, killed_by: str, fired: tuple[str, ...]) -> tuple[str, ...]:
@@ -116,16 +124,21 @@ def alarms(mutant_id: str) -> list[str]:
 
 def killed_alone(invariant: str, candidates: tuple[tuple[str, str], ...]) -> str:
     """The first of the (mutant, driver) pairs that is noticed with `invariant` alone on, or ""."""
-    for mutant_id, driver in candidates:
-        mutant = find_mutant(mutant_id)
-        try:
-            with _at_most(LIMIT_SECONDS[mutant.where]):
-                seen = drive(mutant, driver, only=frozenset({invariant}))
-        except TooLongError:
-            continue
-        if seen.killed_by == invariant:
-            return mutant_id
+    for name, driver in candidates:
+        mutant = find_mutant(name)
+        # What fires late needs a run that lasts: planning alone is quick enough to try every driver.
+        others = drivers_of(mutant) if mutant.where == "host" else ()
+        if any(_alone(mutant, one, invariant) for one in dict.fromkeys((driver, *others))):
+            return name
     return ""
+
+
+def _alone(mutant: Mutant, driver: str, invariant: str) -> bool:
+    try:
+        with _at_most(LIMIT_SECONDS[mutant.where]):
+            return drive(mutant, driver, only=frozenset({invariant})).killed_by == invariant
+    except TooLongError:
+        return False
 
 
 @contextmanager

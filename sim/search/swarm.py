@@ -35,21 +35,9 @@ DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
         "model": _READER,
     },
     {
-        "core": {"batch_size": 2, "prefill_chunk": 4},
-        "cache": {"page_size": 2, "num_pages": 9, "max_sequence_length": 12, "dtype": "float32", **_HEADS},
+        "core": {"batch_size": 4, "prefill_chunk": 32},
+        "cache": {"page_size": 1, "num_pages": 260, "max_sequence_length": 96, "dtype": "bfloat16", **_HEADS},
         "model": _READER,
-    },
-    {
-        "core": {"batch_size": 4, "prefill_chunk": 6},
-        "cache": {"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
-        "backend": {"road": "rows"},
-        "model": _READER,
-    },
-    {
-        "core": {"batch_size": 3, "prefill_chunk": 5},
-        "cache": {"page_size": 4, "num_pages": 9, "max_sequence_length": 28, "dtype": "bfloat16", **_HEADS},
-        "model": {"kind": "tiny", "vocab_size": 32},
-        "workload": {"end_by": "eos", "temperature": [0.0, 0.7, 2.0], "top_p": [1.0, 0.8]},
     },
     {
         "core": {"batch_size": 4, "prefill_chunk": 6},
@@ -60,18 +48,25 @@ DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
         "model": {"kind": "reader"},
     },
     {
-        "core": {"batch_size": 4, "prefill_chunk": 32},
-        "cache": {"page_size": 1, "num_pages": 260, "max_sequence_length": 96, "dtype": "bfloat16", **_HEADS},
+        "core": {"batch_size": 3, "prefill_chunk": 5},
+        "cache": {"page_size": 4, "num_pages": 9, "max_sequence_length": 28, "dtype": "bfloat16", **_HEADS},
+        "model": {"kind": "tiny", "vocab_size": 32},
+        "workload": {"end_by": "eos", "temperature": [0.0, 0.7, 2.0], "top_p": [1.0, 0.8]},
+    },
+    {
+        "core": {"batch_size": 4, "prefill_chunk": 6},
+        "cache": {"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
+        "backend": {"road": "rows"},
         "model": _READER,
     },
     {
-        "core": {"batch_size": 8, "prefill_chunk": 3},
-        "cache": {"page_size": 8, "num_pages": 7, "max_sequence_length": 20, "dtype": "float16", **_HEADS},
+        "core": {"batch_size": 2, "prefill_chunk": 4},
+        "cache": {"page_size": 2, "num_pages": 9, "max_sequence_length": 12, "dtype": "float32", **_HEADS},
         "model": {"kind": "echo"},
     },
 )
 """What runs on a device: every new shape, dtype, model or road compiles anew, so there are few of them."""
-SETUP_FOR: Final = 4
+SETUP_FOR: Final = 2
 """Scenarios in a row with one of them."""
 
 

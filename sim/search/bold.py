@@ -1,6 +1,7 @@
 """Moves that make a scenario smaller by one operation where leaving it out alone does not: several changes at once.
 
     merge   two requests become one that is as long as both, in a cache that is large enough for it
+    fill    a request goes, and the others' prompts become as long as they can
     shift   an operation goes, and whatever came at its step or later comes earlier
     shrink  a request goes, and with it a slot, or the pages that it held
 
@@ -60,6 +61,7 @@ def leave_out(data: Data, gone: list[int]) -> Kept:
 def bold_moves(data: Data, *, sizes: bool) -> Iterator[tuple[Data, Kept]]:
     """Every move; `sizes`: the core's and the cache's sizes may change."""
     yield from _merged(data, sizes=sizes)
+    yield from _filled(data)
     yield from _shifted(data)
     if sizes:
         yield from _shrunk(data)
@@ -100,6 +102,15 @@ def _make_room(cache: Data, length: int) -> None:
     """Let a sequence of that length fit."""
     cache["max_sequence_length"] = max(cache["max_sequence_length"], length)
     cache["num_pages"] = max(cache["num_pages"], 1 - (-length // cache["page_size"]))
+
+
+def _filled(data: Data) -> Iterator[tuple[Data, Kept]]:
+    longest = _longest(data["cache"])
+    for at in range(len(requests_of(data)) if len(requests_of(data)) > 1 else 0):
+        changed = deepcopy(data)
+        for request in requests_of(changed):
+            request["prompt_tokens"] = max(request["prompt_tokens"], longest - request["output_tokens"] + 1)
+        yield changed, leave_out(changed, [at])
 
 
 def _shifted(data: Data) -> Iterator[tuple[Data, Kept]]:

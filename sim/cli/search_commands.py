@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from sim.cli.errors import UsageError
 from sim.cli.options import AsJson, Overrides, Quiet, exits
 from sim.exit_codes import ExitCode
 
@@ -101,6 +100,8 @@ def fuzz(
     if not result.canary_caught:
         return ExitCode.INTERNAL
     if result.refused and result.refused == result.scenarios:
+        from sim.cli.errors import UsageError
+
         raise UsageError(f"none of {result.scenarios} scenarios could be run: {result.refusal}")
     return ExitCode.BROKE if result.shrunk else ExitCode.HELD
 

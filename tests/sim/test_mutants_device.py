@@ -49,6 +49,7 @@ def test_the_judge_notices_a_wrong_slot_of_the_device_batch() -> None:
     assert noticed("KK16")
 
 
+@pytest.mark.slow
 def test_after_a_planted_bug_the_same_process_compiles_the_unmodified_code_again() -> None:
     before = drive()
     assert noticed("MK03")

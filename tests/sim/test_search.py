@@ -102,7 +102,7 @@ def smaller_by_one(scenario: Scenario) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("mutant", ["MS06", "MS31"])
+@pytest.mark.parametrize("mutant", [pytest.param("MS06", marks=pytest.mark.slow), "MS31"])
 def test_no_operation_of_a_shrunk_scenario_can_be_left_out(mutant: str) -> None:
     shrunk = shrink(first_broken(mutant))
     smaller = [Scenario.model_validate(data) for data in smaller_by_one(shrunk.scenario)]

@@ -11,7 +11,7 @@ from sim.cli import main
 from sim.mutants import MUTANTS, registry
 from sim.mutants.edit import Edit
 from sim.mutants.mutant import Mutant
-from sim.selftest import Selftest, campaign
+from sim.selftest import Selftest, campaign, fate
 from sim.selftest.drivers import drivers_of
 from sim.selftest.fate import alarms, kill, killed_alone
 
@@ -19,23 +19,26 @@ PAGES = "paged_attention.pages:HBMPageManager"
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    """Add a mutant, and let it have two drivers only: nobody notices it anyway."""
     monkeypatch.setitem(registry.MUTANTS, mutant.id, mutant)
+    monkeypatch.setattr(fate, "drivers_of", lambda mutant: ("host-starved", "host-lag-two"))
+    monkeypatch.setattr(fate, "gauntlet", lambda prefix: ("host-starved",) if prefix == "host-" else ())
 
 
 def test_a_killed_mutant_names_who_noticed_where_and_after_how_many_steps_and_replays() -> None:
-    fate = kill("MP01")
-    assert (fate.killed_by, fate.driver, fate.replayed) == ("P3", drivers_of(MUTANTS["MP01"])[0], True)
-    assert fate.steps >= 0
-    assert "P3" in fate.fired
-    assert "page 0" in fate.complaint
+    found = kill("MP01")
+    assert (found.killed_by, found.driver, found.replayed) == ("P3", drivers_of(MUTANTS["MP01"])[0], True)
+    assert found.steps >= 0
+    assert "P3" in found.fired
+    assert "page 0" in found.complaint
 
 
 def test_a_bug_that_nobody_notices_survives_and_fails_the_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = Edit(f"{PAGES}.pages_for", "-(-num_tokens", "0 - (-num_tokens")
     plant(monkeypatch, Mutant("KX01", "Changes nothing.", ("P1",), edits=(harmless,)))
-    fate = kill("KX01")
-    assert fate.killed_by == ""
-    assert not Selftest(canary_caught=True, fates=[fate]).passed
+    found = kill("KX01")
+    assert found.killed_by == ""
+    assert not Selftest(canary_caught=True, fates=[found]).passed
 
 
 def test_a_bug_called_legal_raises_an_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +47,9 @@ def test_a_bug_called_legal_raises_an_alarm(monkeypatch: pytest.MonkeyPatch) -> 
     assert any(alarm.startswith("kx-leak in host-starved: P") for alarm in alarms("kx-leak"))
 
 
-def test_an_invariant_alone_notices_what_is_its_business_and_nothing_else() -> None:
+def test_an_invariant_alone_notices_what_is_its_business_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = drivers_of(MUTANTS["MP01"])[0]
+    monkeypatch.setattr(fate, "drivers_of", lambda mutant: (driver,))
     assert killed_alone("P3", (("MP01", driver),)) == "MP01"
     assert killed_alone("S9", (("MP01", driver),)) == ""
 

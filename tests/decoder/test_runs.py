@@ -74,6 +74,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 def test_chunks_batch_pages_preemption_and_lag_change_no_token():
     report, tokens = outputs(decoding())
     assert report.summary["num_preemptions"] > 0

@@ -59,6 +59,7 @@ def test_each_deep_invariant_has_a_bug_of_its_own() -> None:
     assert {mutant.caught_by[0] for mutant in QUICK} == DEEP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", QUICK, ids=lambda mutant: f"{mutant.caught_by[0]}-{mutant.id}")
 def test_a_planted_bug_is_noticed_by_its_relation_with_all_others_off(mutant: Mutant) -> None:
     name = mutant.caught_by[0]

@@ -186,6 +186,7 @@ def test_a_core_that_refuses_everything_is_told_once_and_is_no_success(
     assert "core: not today" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_state_machine_skips_sizes_that_the_core_refuses_and_still_finds_its_bug(mine: Any) -> None:
     kvproof_stateful(mine.build, max_examples=5, steps=10)("runTest").runTest()
     mine.ReservingCore.abandon = lambda self, step: None

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from sim.mutants import MUTANTS, Mutant
-from sim.mutants.edit import applied
 from sim.mutants.model_io import MUTANTS as MODEL_IO
 from sim.mutants.own_device import MUTANTS as OWN
 from sim.mutants.writes import MUTANTS as WRITES
@@ -22,13 +21,6 @@ SHORT = ("workload.num_requests=4", "expect.preemptions=0", "cache.layers=1", "m
 def drive(*overrides: str) -> Report:
     """The driver of odd sizes and few pages, cut short."""
     return run(load_scenario(GAUNTLET / "device-starved.yaml", (*SHORT, *overrides)))
-
-
-@pytest.mark.parametrize("mutant", [m for m in OURS if m.applicable], ids=lambda mutant: mutant.id)
-def test_every_edit_fits_the_code_as_it_is(mutant: Mutant) -> None:
-    assert mutant.edits
-    with applied(mutant.edits):
-        pass
 
 
 def test_ids_are_unique_registered_and_name_a_driver_that_is_there() -> None:

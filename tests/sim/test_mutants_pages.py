@@ -32,6 +32,7 @@ def test_ids_are_unique_and_registered() -> None:
     assert all(MUTANTS[mutant.id] is mutant for mutant in OURS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HANDFUL)
 def test_a_bug_is_noticed_in_its_first_driver_by_the_statement_that_it_breaks(name: str) -> None:
     mutant = MUTANTS[name]
@@ -54,6 +55,7 @@ def usual_course(name: str) -> str:
     return run(short(name)).trace_hash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", benign.MUTANTS, ids=lambda mutant: mutant.id)
 def test_a_legal_variant_raises_no_alarm_and_is_a_variant(mutant: Mutant) -> None:
     others = 0

@@ -77,7 +77,7 @@ def test_a_scenario_spelled_out_breaks_the_same_statement() -> None:
     assert probe(spelled_out).id == "P2"
 
 
-@pytest.mark.parametrize("mutant", ["MT10", "MS24"])
+@pytest.mark.parametrize("mutant", [pytest.param("MT10", marks=pytest.mark.slow), "MS24"])
 def test_what_breaks_is_shrunk_to_a_few_operations_and_breaks_the_same_statement_first(mutant: str) -> None:
     scenario = first_broken(mutant)
     before = probe(scenario)
@@ -102,7 +102,8 @@ def smaller_by_one(scenario: Scenario) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("mutant", [pytest.param("MS06", marks=pytest.mark.slow), "MS31"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", ["MS06", "MS31"])
 def test_no_operation_of_a_shrunk_scenario_can_be_left_out(mutant: str) -> None:
     shrunk = shrink(first_broken(mutant))
     smaller = [Scenario.model_validate(data) for data in smaller_by_one(shrunk.scenario)]

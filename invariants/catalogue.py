@@ -647,7 +647,7 @@ _ENTRIES = (
         "A shrinker that slips proves nothing.",
         "once",
         "replay",
-        "the shrinker",
+        "shrinking within a judged run; the contract `shrinks` of the selftest holds the shrinker to it",
     ),
     Entry(
         "D3",

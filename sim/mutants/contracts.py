@@ -12,6 +12,9 @@ from sim.mutants.api_contracts import API_CONTRACTS
 from sim.replay import load_recorded, replay
 from sim.run import run
 from sim.scenario import Scenario
+from sim.search.probe import probe
+from sim.search.shrink import shrink
+from sim.search.swarm import draw
 from sim.workload import concrete_faults, generate
 
 
@@ -67,10 +70,21 @@ def replays() -> list[str]:
         return list(replay(load_recorded(Path(folder))).differences)
 
 
+def shrinks() -> list[str]:
+    """A shrunk scenario breaks the statement that the large one broke first, and breaks it like that again."""
+    scenario = draw(3, 1).model_copy(update={"plant": "MP08"})
+    before, shrunk = probe(scenario), shrink(scenario, budget=300)
+    again = probe(shrunk.scenario)
+    asked = (before.id, shrunk.finding.step, shrunk.finding.trace_hash)
+    shown = (again.id, again.step, again.trace_hash)
+    return [] if shown == asked else [f"the scenario that broke {before.id} was shrunk to one that shows {shown}"]
+
+
 CONTRACTS: Final[dict[str, Callable[[], list[str]]]] = {
     "streams": streams,
     "faults": faults,
     "replays": replays,
+    "shrinks": shrinks,
     **API_CONTRACTS,
 }
 """By name: what was not kept, nothing where all was."""

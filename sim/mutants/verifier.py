@@ -166,9 +166,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "MD15",
         "The shrinker keeps a scenario that shows any violation, not the one that it was given.",
-        ("D2",),
-        where="deep",
-        waits_for="the shrinker",
+        ("contract",),
+        edits=(Edit("sim.search.shrink:_Search._try", "if finding.id != self.finding.id:", "if not finding.id:"),),
+        driver="contract:shrinks",
     ),
     Mutant(
         "MD16",

@@ -68,12 +68,12 @@ def test_a_legal_variant_raises_no_alarm_and_is_a_variant(mutant: Mutant) -> Non
     assert others or mutant.where == "device" or mutant.id == "benign-no-wait"
 
 
-@pytest.mark.parametrize("name", ["streams", "faults", "replays"])
+@pytest.mark.parametrize("name", ["streams", "faults", "replays", "shrinks"])
 def test_the_unchanged_simulator_keeps_its_contracts(name: str) -> None:
     assert CONTRACTS[name]() == []
 
 
-@pytest.mark.parametrize("name", ["MD05", "MD07", "MD16"])
+@pytest.mark.parametrize("name", ["MD05", "MD07", "MD15", "MD16"])
 def test_a_bug_of_the_simulator_breaks_its_contract(name: str) -> None:
     assert drive(MUTANTS[name], MUTANTS[name].driver).complaint
 

@@ -16,6 +16,9 @@ class ReplayError(Exception):
     """There is nothing to replay at that path; the message says what was looked for."""
 
 
+CRASH: Final = "crash"
+"""Stands for an invariant's id where the core or the backend raised."""
+
 CUT_SHORT: Final = ("interrupted", "trace wrong", "plan log not written")
 """Verdicts of a run that did not come to its own end."""
 
@@ -28,7 +31,7 @@ class Recorded:
     trace_hash: str
     step_hashes: bytes
     violations: tuple[tuple[str, int], ...]
-    """(id, step) of each."""
+    """(id, step) of each; a crash comes last, with the steps that were completed."""
     whole: bool
     """False: the recorded run was cut short, so only its steps can be compared."""
 
@@ -75,9 +78,8 @@ def load_recorded(path: Path) -> Recorded:
 
 
 def _of_report(report: Report) -> Recorded:
-    found = tuple((violation.id, violation.step) for violation in report.violations)
     digests = bytes(report.recorder.hash.step_digests)
-    return Recorded(report.scenario, report.trace_hash, digests, found, whole=True)
+    return Recorded(report.scenario, report.trace_hash, digests, _pairs(report.summary), whole=True)
 
 
 def _of_run(folder: Path, scenario: Scenario) -> Recorded:
@@ -92,7 +94,8 @@ def _of_failure(folder: Path, scenario: Scenario) -> Recorded:
 
 
 def _pairs(found: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    return tuple((str(violation["id"]), int(violation["step"])) for violation in found["violations"])
+    pairs = tuple((str(violation["id"]), int(violation["step"])) for violation in found["violations"])
+    return (*pairs, (CRASH, int(found["steps"]))) if found["crash"] else pairs
 
 
 def replay(recorded: Recorded) -> Comparison:

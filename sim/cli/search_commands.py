@@ -45,6 +45,9 @@ def fuzz(
     backend: Annotated[Literal["none", "numpy", "jax"], typer.Option("--backend", help="Where steps run.")] = "none",
     core: Core = "paged_attention",
     plant: Plant = None,
+    stop: Annotated[
+        Literal["first", "never"], typer.Option("--stop", help="Whether the first scenario that breaks ends it.")
+    ] = "never",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For what is found [runs/fuzz-*].")] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on where the search in this folder ended.")
@@ -84,6 +87,7 @@ def fuzz(
         plant=find_mutant(plant).id if plant else None,
         core=core,
         first=first,
+        stop=stop,
     )
     core_factory(core)  # an unknown core is told before the search
     folder = resume or out or new_folder(RUNS, f"fuzz-{seed}")

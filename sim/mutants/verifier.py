@@ -167,7 +167,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "MD15",
         "The shrinker keeps a scenario that shows any violation, not the one that it was given.",
         ("contract",),
-        edits=(Edit("sim.search.shrink:_Search._try", "if finding.id != self.finding.id:", "if not finding.id:"),),
+        edits=(Edit("sim.search.shrink:_Search._try", "if finding.pin != self.finding.pin:", "if not finding.id:"),),
         driver="contract:shrinks",
     ),
     Mutant(

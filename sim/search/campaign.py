@@ -1,20 +1,28 @@
-"""How quickly the search finds planted bugs, and how small what it finds becomes: the fuzzer's own benchmark."""
+"""How quickly the fuzzer finds planted bugs, and how small what it finds becomes: the fuzzer's own benchmark.
+
+A hunt is `kvproof fuzz --plant ID --seed S --stop first` and `kvproof replay` of what it wrote, function for function.
+"""
 
 from __future__ import annotations
 
-import time
+import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from sim.host_devices import compile_quickly
 from sim.mutants import MUTANTS, Mutant, find_mutant, planted
-from sim.scenario import Scenario
-from sim.search.probe import Finding, probe
-from sim.search.shrink import shrink
-from sim.search.swarm import draw
+from sim.replay import load_recorded, replay
+from sim.search.fuzz import FuzzOptions, fuzz
 
 CONTRACT: Final = "contract:"
+MOST_REQUESTS: Final = 4
+MOST_OPERATIONS: Final = 12
+"""What a smallest scenario is meant to need at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +30,12 @@ class Hunt:
     """What one search for one planted bug showed."""
 
     mutant: str
+    where: str
     seed: int
     id: str
     """What broke first; "": nothing within the time."""
     seconds: float
-    """Wall time until the first scenario that broke, planting and compiling included."""
+    """Wall time until the first scenario that broke, compiling included."""
     cpu_seconds: float
     """The same in CPU time, all threads together: what is left where a machine is shared."""
     scenarios: int
@@ -38,7 +47,12 @@ class Hunt:
     tried: int = 0
     """Scenarios run by the shrinker."""
     replayed: bool = False
-    """The smallest scenario broke in the same way two more times: id, step and trace hash."""
+    """The file of the smallest scenario showed the same id, step and trace hash two more times."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether what is left is as small as it is meant to be."""
+        return self.requests <= MOST_REQUESTS and self.operations <= MOST_OPERATIONS
 
 
 def can_be_shown(mutant: Mutant) -> bool:
@@ -58,58 +72,67 @@ def backend_of(mutant: Mutant) -> str:
 
 
 def hunt(name: str, seed: int, *, seconds: float = 60.0) -> Hunt:
-    """Search from a cold seed for the planted bug `name`, shrink what breaks first, and see it again twice."""
-    mutant, start, cpu_start = find_mutant(name), time.monotonic(), time.process_time()
-    with planted(mutant):
-        scenario = _drawn(mutant, seed, 0)
-        finding, scenarios = probe(scenario, is_planted=True), 1
-        while not finding.id and time.monotonic() - start < seconds:
-            scenario = _drawn(mutant, seed, scenarios)
-            finding, scenarios = probe(scenario, is_planted=True), scenarios + 1
-        found, cpu_seconds = time.monotonic(), time.process_time() - cpu_start
-        if not finding.id:
-            return Hunt(mutant.id, seed, "", found - start, cpu_seconds, scenarios)
-        shrunk = shrink(scenario, is_planted=True)
-        done = time.monotonic()
-        again = {_shown(probe(shrunk.scenario, is_planted=True)) for _ in range(2)}
+    """Search from a cold seed for the planted bug `name`, shrink what breaks first, and replay its file twice."""
+    mutant = find_mutant(name)
+    options = FuzzOptions(seed, seconds, backend=backend_of(mutant), plant=mutant.id, stop="first")
+    with tempfile.TemporaryDirectory() as folder:
+        result = fuzz(options, Path(folder), lambda result: None)
+        if not result.shrunk:
+            return Hunt(mutant.id, mutant.where, seed, "", seconds, result.cpu_seconds, result.scenarios)
+        ((pin, (_, shrunk)),) = result.shrunk.items()
+        with planted(mutant):  # around both replays, so that they compile once
+            again = [replay(load_recorded(result.files[pin])).same for _ in range(2)]
     return Hunt(
         mutant.id,
+        mutant.where,
         seed,
-        finding.id,
-        found - start,
-        cpu_seconds,
-        scenarios,
+        shrunk.finding.id,
+        round(result.seconds[pin], 3),
+        round(result.cpu_seconds, 3),
+        result.scenarios,
         shrunk.num_requests,
         shrunk.num_operations,
-        done - found,
+        round(shrunk.seconds, 3),
         shrunk.tried,
-        again == {_shown(shrunk.finding)},
+        all(again),
     )
 
 
-def _drawn(mutant: Mutant, seed: int, number: int) -> Scenario:
-    return draw(seed, number, backend=backend_of(mutant)).model_copy(update={"plant": mutant.id})
+def campaign(
+    names: Iterable[str] = (),
+    seeds: Iterable[int] = (0,),
+    *,
+    seconds: float = 60.0,
+    jobs: int = 1,
+    host_only: bool = False,
+) -> Iterator[Hunt]:
+    """A hunt for each of the named bugs (none named: all that a run can show) from each seed, in order, as they end."""
+    known = [mutant for mutant in MUTANTS.values() if can_be_shown(mutant)]
+    wanted = tuple(names) or tuple(mutant.id for mutant in known if not host_only or mutant.where == "host")
+    # Spawned workers even for one job: a cold start is part of what is measured, and a broken core may leave traces.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=compile_quickly) as pool:
+        running = [pool.submit(hunt, name, seed, seconds=seconds) for name in wanted for seed in seeds]
+        try:
+            for one in running:
+                yield one.result()
+        finally:
+            for one in running:
+                one.cancel()
 
 
-def _shown(finding: Finding) -> tuple[str, int, str]:
-    return finding.id, finding.step, finding.trace_hash
-
-
-def campaign(names: Iterable[str] = (), seeds: Iterable[int] = (0,), *, seconds: float = 60.0) -> Iterator[Hunt]:
-    """A hunt for each of the named bugs (none named: all that a run can show) from each seed, as they end."""
-    wanted = tuple(names) or tuple(mutant.id for mutant in MUTANTS.values() if can_be_shown(mutant))
-    for name in wanted:
-        for seed in seeds:
-            yield hunt(name, seed, seconds=seconds)
-
-
-def medians(hunts: Iterable[Hunt]) -> dict[str, Any]:
-    """Medians over the hunts that found something, and the hunts that missed."""
+def figures(hunts: Iterable[Hunt]) -> dict[str, Any]:
+    """Every hunt, medians over those that found something, and those that did not end as they should."""
     hunts = list(hunts)
-    found = [asdict(one) for one in hunts if one.id]
+    found = [one for one in hunts if one.id]
     names = ("seconds", "cpu_seconds", "scenarios", "requests", "operations", "shrink_seconds", "tried")
     return {
-        **{name: median(one[name] for one in found) if found else None for name in names},
-        "hunts": len(hunts),
-        "missed": [f"{one.mutant} from seed {one.seed}" for one in hunts if not one.id],
+        "hunts": [asdict(one) for one in hunts],
+        "medians": {name: median(getattr(one, name) for one in found) if found else None for name in names},
+        "missed": [_named(one) for one in hunts if not one.id],
+        "not_replayed": [_named(one) for one in found if not one.replayed],
+        "large": [_named(one) for one in found if not one.is_small],
     }
+
+
+def _named(one: Hunt) -> str:
+    return f"{one.mutant} from seed {one.seed}"

@@ -1,7 +1,8 @@
 """The fuzzer: draws scenario after scenario, probes each, and shrinks what breaks.
 
 Scenario k of seed s is the same everywhere, so jobs and shards only share the numbers out: job j of J in shard I of N
-takes every (J * N)-th one. A bug is told by the id of its first violation; each id is shrunk once.
+takes every (J * N)-th one. A bug is told by the id of its first violation, a crash by the class of what was raised;
+each is shrunk once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sim.build import SetupError
 from sim.host_devices import compile_quickly
@@ -50,6 +51,8 @@ class FuzzOptions:
     core: str = "paged_attention"
     first: int = 0
     """Scenarios of this shard that were searched before."""
+    stop: Literal["first", "never"] = "never"
+    """Whether the first scenario that breaks ends the search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,9 @@ class FuzzResult:
     steps: int = 0
     cpu_seconds: float = 0.0
     shrunk: dict[str, tuple[int, Shrunk]] = field(default_factory=dict[str, tuple[int, Shrunk]])
-    """Invariant to the scenario's number and what it was shrunk to."""
+    """What broke (`Finding.pin`) to the scenario's number and what it was shrunk to."""
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """Wall time from the start of the search until it was known; shrinking what was found before counts."""
     sometimes: Counter[str] = field(default_factory=Counter[str])
     files: dict[str, Path] = field(default_factory=dict[str, Path])
     refused: int = 0
@@ -116,9 +121,10 @@ class FuzzResult:
             "canary": {"id": CANARY, "caught": self.canary_caught},
             "violations": [
                 {
-                    "id": name,
+                    "id": shrunk.finding.id,
                     "file": str(self.files[name]) if name in self.files else None,
                     "scenario": number,
+                    "seconds": round(self.seconds[name], 3),
                     "requests": shrunk.num_requests,
                     "operations": shrunk.num_operations,
                     "step": shrunk.finding.step,
@@ -150,8 +156,8 @@ def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]
 
 
 def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Callable[[FuzzResult], None]) -> None:
-    deadline = time.monotonic() + options.seconds
-    for one in _slices(options, deadline):
+    start = time.monotonic()
+    for one in _slices(options, start + options.seconds):
         result.done[one.job] += one.done
         result.steps += one.plans
         result.cpu_seconds += one.cpu_seconds
@@ -159,12 +165,15 @@ def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Calla
         result.refused += one.refused
         result.refusal = one.refusal or result.refusal
         for number, finding in one.found:
-            if finding.id not in result.shrunk:
+            if (pin := finding.pin) not in result.shrunk:
+                result.seconds[pin] = time.monotonic() - start
                 shrunk = shrink(_scenario(options, number), is_planted=True)
-                result.shrunk[finding.id] = number, shrunk
-                result.files[finding.id] = out / f"{finding.id}.yaml"
-                write_failure_file(result.files[finding.id], shrunk)
+                result.shrunk[pin] = number, shrunk
+                result.files[pin] = out / f"{pin}.yaml"
+                write_failure_file(result.files[pin], shrunk)
         progress(result)
+        if result.shrunk and options.stop == "first":
+            return
 
 
 def _scenario(options: FuzzOptions, number: int) -> Scenario:
@@ -245,5 +254,7 @@ def work(options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | 
             continue
         plans += finding.plans
         if finding.id:
-            found.setdefault(finding.id, (number, finding))
+            found.setdefault(finding.pin, (number, finding))
+            if options.stop == "first":
+                break
     return Slice(job, done, plans, time.process_time() - start, tuple(found.values()), sometimes, refused, refusal)

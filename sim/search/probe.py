@@ -46,6 +46,13 @@ class Finding:
     plans: int
     """Steps planned: each of them was checked."""
     violation: Violation | None = None
+    exception: str = ""
+    """Of a crash: the class of what was raised."""
+
+    @property
+    def pin(self) -> str:
+        """What tells this bug from others: the id, of a crash with the class of what was raised."""
+        return f"{self.id}-{self.exception}" if self.exception else self.id
 
 
 def probe(
@@ -96,12 +103,12 @@ def probe_parts(
             observers=observers,
         )
         engine = Engine(parts)
-        crash = ""
+        crash, exception = "", ""
         try:
             engine.run()
             engine.judge_end()
         except PartError as error:
-            crash = str(error)
+            crash, exception = str(error), type(error.__cause__ or error).__name__
         end_ns = engine.close()
         if not crash and not auditor.violations:
             auditor.summarised(run_figures(recorder, end_ns, workload.skipped))
@@ -115,7 +122,7 @@ def probe_parts(
         message = str(first) + (_unfinished(engine.core) if first.id in STUCK else "")
         return Finding(first.id, first.step, digest, message, plans, first)
     if crash:
-        return Finding(CRASH, recorder.steps, digest, crash, plans)
+        return Finding(CRASH, recorder.steps, digest, crash, plans, exception=exception)
     return Finding("", plans, digest, "", plans)
 
 

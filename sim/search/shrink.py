@@ -5,12 +5,13 @@
 
 until a whole round changes nothing: the result is 1-minimal, that is, no single operation can be left out and no single
 number made smaller (where the device compiles, sizes stay: a program for each would take seconds). A candidate counts
-only where the first violation has the same id, so that a shrink never slips from one bug to another (Zeller and
-Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 2002).
+only where the first violation has the same id (a crash: where the same class was raised), so that a shrink never slips
+from one bug to another (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 2002).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class Shrunk:
     finding: Finding
     tried: int
     """Scenarios run on the way."""
+    seconds: float
+    """Wall time that it took."""
     kept: tuple[int, ...]
     """Which requests of the scenario that came in are left."""
 
@@ -93,6 +96,7 @@ def shrink(
     `wanted` is the id that must break first (None: whichever does), `budget` bounds the runs, `is_planted` is as in
     `probe`. NothingToShrinkError: the scenario breaks nothing, or something else.
     """
+    start = time.monotonic()
     with planted(find_mutant(scenario.plant) if scenario.plant and not is_planted else None):
         first = probe(scenario, core=core, is_planted=True)
         if not first.id:
@@ -105,7 +109,8 @@ def shrink(
         search = _Search(scenario, first, run, budget, progress)
         while search.round() and search.left > 0:
             pass
-    return Shrunk(search.best, search.finding, budget - search.left, tuple(search.kept))
+    tried, seconds = budget - search.left, time.monotonic() - start
+    return Shrunk(search.best, search.finding, tried, seconds, tuple(search.kept))
 
 
 class _Search:
@@ -145,7 +150,7 @@ class _Search:
             finding = self._run(candidate)
         except (ValidationError, SetupError):
             return False
-        if finding.id != self.finding.id:
+        if finding.pin != self.finding.pin:
             return False
         self.best, self.finding, self._data = candidate, finding, data
         self._progress(self._budget - self.left, len(operations_of(data)))

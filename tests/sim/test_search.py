@@ -256,3 +256,28 @@ def test_a_stuck_run_names_each_unfinished_request_and_why() -> None:
     assert finding.id == "S11"
     assert "request 1: waits for a slot" in finding.message
     assert "request 2: waits for a slot" in finding.message
+
+
+def test_a_crash_is_shrunk_to_the_same_class_of_error_and_its_file_replays(tmp_path: Path) -> None:
+    options = FuzzOptions(seed=1, seconds=1e9, plant="MS24", stop="first")
+    result = fuzz(options, tmp_path, lambda result: None)
+    ((pin, (number, shrunk)),) = result.shrunk.items()
+    before = probe(planted(draw(1, number), "MS24"))
+    assert before.id == shrunk.finding.id == "crash"
+    assert pin == before.pin == shrunk.finding.pin == f"crash-{before.exception}"
+    assert before.exception
+    with pytest.raises(SystemExit) as end:
+        main(["replay", str(result.files[pin]), "-q"])
+    assert end.value.code == 0
+
+
+def test_a_hunt_is_what_the_command_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = hunt("MP04", 5)
+    with pytest.raises(SystemExit) as end:
+        main(["fuzz", "--plant", "MP04", "--seed", "5", "--stop", "first", "--json", "-q", "--out", str(tmp_path)])
+    assert end.value.code == 1
+    told = json.loads(capsys.readouterr().out)
+    (violation,) = told["violations"]
+    assert (told["scenarios"], violation["id"]) == (found.scenarios, found.id)
+    assert (violation["requests"], violation["operations"]) == (found.requests, found.operations)
+    assert found.replayed

@@ -83,8 +83,8 @@ def load_writer(name: str) -> Writer:
 
 def own_writer(view: PagedAttentionCacheView, key: Any, value: Any, attn_meta: Any) -> PagedAttentionCacheView:
     """The views' own write methods, as a `Writer`."""
-    view = view.write_prefill_to_cache(key, value, attn_meta) if attn_meta.is_prefill_mode() else view
-    return view.write_decodes_to_cache(key, value, attn_meta) if attn_meta.is_decode_mode() else view
+    view = view.write_decodes_to_cache(key, value, attn_meta) if attn_meta.is_decode_mode() else view
+    return view.write_prefill_to_cache(key, value, attn_meta) if attn_meta.is_prefill_mode() else view
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,11 @@ class PagedModel:
         return self.cache_tree.unflatten(pools).views
 
     def step(self, pools: Pools, attn_meta: PagedAttentionMetadata, facts: RowFacts, fed: Fed) -> tuple[Pools, Sampled]:
-        """Write the K/V of every row of `attn_meta`, then read and sample; `facts` has a row for each of its rows."""
+        """Write the K/V of every row of `attn_meta`, then read and sample; `facts` has a row for each of its rows.
+
+        Decodes are written before the chunk: after a loop of page writes, the TPU compiler would give the decodes'
+        scatter pools of another memory layout, which it copies them to and back.
+        """
         raise NotImplementedError
 
 
@@ -142,12 +146,12 @@ class ScriptedModel(PagedModel):
         prefill, decodes = parts_of(attn_meta)
         first_decode = 0 if prefill is None else 1
         base = facts.kv_base
-        if prefill is not None:
-            identity = kv_id(base[0], prefill.prefill_position, jnp)
-            views = self._write(views, identity, prefill)
         if decodes is not None:
             identity = kv_id(base[first_decode:], decodes.decodes_position, jnp)
             views = self._write(views, identity, decodes)
+        if prefill is not None:
+            identity = kv_id(base[0], prefill.prefill_position, jnp)
+            views = self._write(views, identity, prefill)
         return tuple(jax.tree.leaves(views)), self._sample(views, prefill, decodes, facts)
 
     def _write(self, views: list[PagedAttentionCacheView], identity: Any, attn_meta: Any) -> list[Any]:

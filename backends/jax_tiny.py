@@ -79,10 +79,10 @@ class DecoderModel(PagedModel):
         chunk = 0 if prefill is None else prefill.prefill_position.shape[0]
         place = _positions(prefill, decodes)
         query, key = self._rope(query, place), self._rope(key, place)
-        if prefill is not None:
-            view = self.writer(view, self._stored(key[:chunk]), self._stored(value[:chunk]), prefill)
         if decodes is not None:
             view = self.writer(view, self._stored(key[chunk:]), self._stored(value[chunk:]), decodes)
+        if prefill is not None:
+            view = self.writer(view, self._stored(key[:chunk]), self._stored(value[:chunk]), prefill)
         mixed: list[Any] = []
         if prefill is not None:
             table = prefill.prefill_page_table[None, : self.metadata.num_pages_per_sequence]

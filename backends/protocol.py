@@ -32,7 +32,7 @@ class CacheSpec:
     batch_size: int
     prefill_chunk: int
     lag: int = 0
-    layout: Literal["heads_first"] = "heads_first"
+    layout: Literal["heads_first", "pages_first"] = "heads_first"
     writer: str | None = None
     """"module:function" of a user's own write kernel; None: the views' own write methods."""
     quantize: bool = False

@@ -122,6 +122,65 @@ class HeadsFirst:
         return lax.platform_dependent(pool, offset, lane, tpu=jax.vmap(by_index), default=jax.vmap(flat))
 
 
+class PagesFirst:
+    """(pages, page, heads, head_dim): all heads of a token lie together, so that a token is written in one piece.
+
+    It is written faster than heads_first; a kernel that wants the pages of a head side by side needs the other one.
+    """
+
+    name = "pages_first"
+    axes = ("pages", "page", "heads", "head_dim")
+
+    def shape(self, heads: int, pages: int, page: int, head_dim: int) -> tuple[int, ...]:
+        """Shape of a pool."""
+        return (pages, page, heads, head_dim)
+
+    def num_pages(self, pool: Pages) -> int:
+        """Number of pages of a pool."""
+        return int(pool.shape[0])
+
+    def index(self, page: Any, offset: Any) -> tuple[Any, ...]:
+        """Index of places in a pool."""
+        return (page, offset)
+
+    def from_tokens(self, tokens: Any) -> Any:
+        """Vectors as they are: (tokens, heads, *rest)."""
+        return tokens
+
+    def to_tokens(self, places: Any) -> Any:
+        """Vectors as they are: (tokens, heads, *rest)."""
+        return places
+
+    def read_page(self, pool: Pages, page: Any) -> Any:
+        """One whole page as (page_size, heads, *rest)."""
+        from jax import lax
+
+        return lax.dynamic_index_in_dim(pool, page, axis=0, keepdims=False)
+
+    def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
+        """A pool with one whole page replaced."""
+        from jax import lax
+
+        return lax.dynamic_update_slice_in_dim(pool, tokens[None], page, axis=0)
+
+    def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
+        """Single words of every head: (heads, *places)."""
+        import jax.numpy as jnp
+        from jax import lax
+
+        place = jnp.stack([jnp.broadcast_to(page, offset.shape), offset, lane], axis=-1)
+        # Heads are an axis of both, so that they may be sharded; a vmap over them would transpose the pool.
+        dimensions = lax.GatherDimensionNumbers(
+            offset_dims=(),
+            collapsed_slice_dims=(0, 1, 3),
+            start_index_map=(0, 1, 3),
+            operand_batching_dims=(2,),
+            start_indices_batching_dims=(0,),
+        )
+        return lax.gather(pool, place, dimensions, (1, 1, 1, 1), mode="promise_in_bounds")
+
+
 HEADS_FIRST: Layout = HeadsFirst()
-LAYOUTS: dict[str, Layout] = {HEADS_FIRST.name: HEADS_FIRST}
+PAGES_FIRST: Layout = PagesFirst()
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (HEADS_FIRST, PAGES_FIRST)}
 """Every layout, by name."""

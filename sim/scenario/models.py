@@ -67,7 +67,10 @@ class CacheSettings(Section):
     kv_heads: Count = Field(default=1, description="KV heads per layer.")
     head_dim: Count = Field(default=16, description="Words per K or V vector.")
     dtype: Dtype = Field(default="bfloat16", description="Dtype of K and V.")
-    layout: Literal["heads_first"] = Field(default="heads_first", description="Axis order of a pool.")
+    layout: Literal["heads_first", "pages_first"] = Field(
+        default="heads_first",
+        description="Axis order of a pool: (heads, pages, page, head_dim) or (pages, page, heads, head_dim).",
+    )
     quantize: bool = Field(
         default=False, description="Store pages as int8 with one scale per token and head; dtype is the input's."
     )

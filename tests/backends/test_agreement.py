@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.protocol import ModelSpec
+from paged_attention.layout import LAYOUTS
 from tests.backends.harness import (
     EngineRun,
     JaxBackend,
@@ -37,6 +39,32 @@ def test_neutral_rows_give_the_same_tokens_slots_and_bits_on_numpy_and_jax(seed,
     backends = [opened(make(), cache) for make in (NumpyBackend, JaxBackend)]
     planner = run_planner(cache, seed, 25, backends, max_prefills)
     assert planner.next_request > 1
+    close(backends)
+
+
+def both_layouts(cache, *before):
+    """Opened backends with the same cache: the given ones, then JAX with each layout."""
+    layouts = (replace(cache, layout=name) for name in ("heads_first", "pages_first"))
+    return [*(opened(make(), cache) for make in before), *(opened(JaxBackend(), cache) for cache in layouts)]
+
+
+def test_both_layouts_give_the_oracles_tokens_slots_and_bits_from_neutral_rows():
+    backends = both_layouts(cache_spec(), NumpyBackend)
+    for seed in range(4):
+        planner = run_planner(cache_spec(), seed, 12, backends, max_prefills=2)
+        assert planner.next_request > 1
+        # The next run begins with a cache of zeros again.
+        backends = both_layouts(cache_spec(), NumpyBackend)
+    close(backends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 2])
+def test_both_layouts_give_the_oracles_tokens_slots_and_bits_on_the_cores_own_road(lag):
+    backends = both_layouts(cache_spec(lag=lag), NumpyBackend)
+    run = EngineRun(cache_spec(lag=lag), 5, lag)
+    run.run(lambda plan, rows: assert_same_step(plan, rows, backends)[1])
+    assert run.steps > 12
     close(backends)
 
 
@@ -77,17 +105,27 @@ def test_the_cores_own_road_holds_through_preemptions():
 
 DTYPES = [
     {"dtype": "bfloat16", "quantize": True},
-    pytest.param({"dtype": "float32", "head_dim": 3, "page_size": 5}, marks=pytest.mark.slow),
-    pytest.param({"dtype": "float16", "kv_heads": 1}, marks=pytest.mark.slow),
-    pytest.param({"dtype": "float8_e4m3fn"}, marks=pytest.mark.slow),
-    pytest.param({"dtype": "float8_e5m2"}, marks=pytest.mark.slow),
-    pytest.param({"dtype": "int8", "head_dim": 5}, marks=pytest.mark.slow),
+    {"dtype": "float32", "head_dim": 3, "page_size": 5},
+    {"dtype": "float16", "kv_heads": 1},
+    {"dtype": "float8_e4m3fn"},
+    {"dtype": "float8_e5m2"},
+    {"dtype": "int8", "head_dim": 5},
+]
+CASES = [
+    pytest.param(
+        layout,
+        changes,
+        id="-".join([layout, *map(str, changes.values())]),
+        marks=() if (layout, changes) == ("heads_first", DTYPES[0]) else pytest.mark.slow,
+    )
+    for layout in LAYOUTS
+    for changes in DTYPES
 ]
 
 
-@pytest.mark.parametrize("changes", DTYPES, ids=lambda changes: "-".join(str(value) for value in changes.values()))
-def test_every_dtype_and_odd_sizes_agree_bit_for_bit(changes):
-    cache = cache_spec(layers=1, **changes)
+@pytest.mark.parametrize(("layout", "changes"), CASES)
+def test_every_layout_dtype_and_odd_sizes_agree_bit_for_bit(layout, changes):
+    cache = cache_spec(layers=1, layout=layout, **changes)
     backends = [opened(backend, cache, ModelSpec(lanes=2)) for backend in (NumpyBackend(), JaxBackend())]
     run_planner(cache, 5, 20, backends)
     close(backends)
@@ -96,7 +134,7 @@ def test_every_dtype_and_odd_sizes_agree_bit_for_bit(changes):
 def mesh_run(body: str) -> str:
     """What a process of its own with 8 CPU devices prints; JAX's device count is fixed once it has started."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    head = "import warnings\nwarnings.simplefilter('error')\nfrom tests.backends.harness import *\n"
+    head = "import warnings\nwarnings.simplefilter('error')\nfrom tests.backends.harness import *\nimport numpy as np\n"
     done = subprocess.run(
         [sys.executable, "-c", head + body],
         cwd=ROOT,
@@ -118,6 +156,22 @@ pool = backends[1]._pools[0]
 print(len(pool.sharding.device_set), sorted({shard.data.shape for shard in pool.addressable_shards}))
 """)
     assert printed == "8 [(1, 12, 4, 8)]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
+def test_pages_first_with_heads_sharded_agrees_with_the_oracle_and_gathers_nothing(devices):
+    printed = mesh_run(f"""
+cache = cache_spec(kv_heads=8, layers=1, layout="pages_first")
+backends = [opened(NumpyBackend(), cache), opened(JaxBackend(), cache, devices=DeviceSpec(mesh={{"heads": {devices}}}))]
+run_planner(cache, 3, 8, backends)
+pool = backends[1]._pools[0]
+print(len(pool.sharding.device_set), sorted({{shard.data.shape for shard in pool.addressable_shards}}))
+text = backends[1]._programs.rows_step(6, 5).lower(backends[1]._pools, np.zeros((5, 15), np.int32)).compile().as_text()
+# What the heads found wrong is added up: a number for each row.
+print({{line.split(" = ")[1].split("(")[0] for line in text.splitlines() if "all-" in line.split("(")[0]}})
+""")
+    assert printed == f"{devices} [(12, 4, {8 // devices}, 8)]\n{{'s32[5]{{0}} all-reduce'}}\n"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sim.mutants import MUTANTS, Mutant
+from sim.mutants.layouts import MUTANTS as LAYOUTS
 from sim.mutants.model_io import MUTANTS as MODEL_IO
 from sim.mutants.own_device import MUTANTS as OWN
 from sim.mutants.writes import MUTANTS as WRITES
@@ -14,7 +15,7 @@ from sim.run import Report, run
 from sim.scenario import load_scenario
 
 GAUNTLET = Path("scenarios/gauntlet")
-OURS: tuple[Mutant, ...] = WRITES + MODEL_IO + OWN
+OURS: tuple[Mutant, ...] = WRITES + LAYOUTS + MODEL_IO + OWN
 SHORT = ("workload.num_requests=4", "expect.preemptions=0", "cache.layers=1", "model.lanes=1")
 
 

@@ -98,7 +98,15 @@ class Auditor:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """For each invariant that is on: how often it was checked, non-trivially checked, and violated."""
-        for judge in (self._life, self._rows, self._outputs, self._pages, self._liveness, self._metrics):
+        for judge in (
+            self._life,
+            self._rows,
+            self._outputs,
+            self._pages,
+            self._liveness,
+            self._metrics,
+            self._device.contents,
+        ):
             judge.settle_counts()
         return self._findings.counters()
 

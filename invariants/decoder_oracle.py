@@ -69,7 +69,7 @@ class DecoderOracle:
         self._num_rows = end
 
     def words(self, places: NDArray[np.void]) -> Words:
-        """The raw words of places (`invariants.contents.PLACE`); zeros where none was ever written."""
+        """The raw words of places (`invariants.shadow.PLACE`); zeros where none was ever written."""
         said = zip(places["id"].tolist(), places["request"].tolist(), places["position"].tolist(), strict=True)
         rows = [self._row(request, position) if kv_id else 0 for kv_id, request, position in said]
         return self._words[np.array(rows, np.intp)]

@@ -49,7 +49,7 @@ class DeviceJudge:
         if self.contents.on:
             self.contents.dispatched(flight, device, check=turn % self.every == 0)
             if full:
-                self.contents.whole_pool(device)
+                self.contents.full_look(device)
         waited = turn - self.looked
         if full or waited >= 2 * ROWS_EVERY or (waited >= ROWS_EVERY and self.life.changed):
             self.looked = turn

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from invariants.buffers import shard_fault
 from invariants.codec import codec_fault
-from invariants.contents import PLACE
+from invariants.shadow import PLACE
 from invariants.owners import Decoder
 from invariants.series import BLOCK, SeriesLog
 from paged_attention.fingerprint import WORD_MASK, salts, words

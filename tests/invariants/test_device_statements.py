@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from invariants.buffers import shard_fault
 from invariants.codec import codec_fault
-from invariants.shadow import PLACE
 from invariants.owners import Decoder
 from invariants.series import BLOCK, SeriesLog
+from invariants.shadow import PLACE
 from paged_attention.fingerprint import WORD_MASK, salts, words
 from paged_attention.plan import Evidence, ShardedArray, WrongPlace
 

@@ -107,6 +107,7 @@ def shrink(
             )
         run = partial(probe, core=core, is_planted=True)
         search = _Search(scenario, first, run, budget, progress)
+        search.look_seldom()
         while search.round() and search.left > 0:
             pass
     tried, seconds = budget - search.left, time.monotonic() - start
@@ -129,6 +130,10 @@ class _Search:
         self._seen: set[str] = set()
         self._compiles = scenario.backend.kind not in {"none", "numpy"}
         self.kept = list(range(len(requests_of(self._data))))
+
+    def look_seldom(self) -> None:
+        """Leave out most looks at the core's whole state, where it breaks without: all that follows is quicker."""
+        self._set_to_simplest(("invariants", "full_every"), (256,))
 
     def round(self) -> bool:
         """All passes once; whether any of them made it smaller."""
@@ -192,7 +197,14 @@ class _Search:
         return True
 
     def _be_bold(self) -> bool:
-        """The first move that takes an operation away together with something else."""
+        """Moves that take an operation away together with something else, as long as there is one."""
+        changed = False
+        while self._first_bold_move():
+            self._drop_operations()
+            changed = True
+        return changed
+
+    def _first_bold_move(self) -> bool:
         for data, kept in bold_moves(self._data, sizes=not self._compiles):
             if self._try(data):
                 self.kept = [self.kept[at] for at in kept]
@@ -224,21 +236,24 @@ class _Search:
         changed = False
         kind = self._data["backend"]["kind"]
         for path, values in SIMPLEST:
-            section, key = path
-            if kind != "numpy" and key in DEVICE_KEYS:
-                continue
-            for value in values:
-                if self._data[section][key] == value:
-                    break
-                data = deepcopy(self._data)
-                data[section][key] = value
-                if self._try(data):
-                    changed = True
-                    break
+            if kind == "numpy" or path[1] not in DEVICE_KEYS:
+                changed |= self._set_to_simplest(path, values)
         for path in () if self._compiles else SIZES:
             if kind == "numpy" or path[1] not in DEVICE_KEYS:
                 changed |= self._lower(path, 1)
         return changed
+
+    def _set_to_simplest(self, path: tuple[str, str], values: tuple[Any, ...]) -> bool:
+        """Set a key to the first of these values, the simplest first, that shows the same."""
+        section, key = path
+        for value in values:
+            if self._data[section][key] == value:
+                return False
+            data = deepcopy(self._data)
+            data[section][key] = value
+            if self._try(data):
+                return True
+        return False
 
     def _lower(self, path: tuple[str | int, ...], least: int) -> bool:
         """Make one number smaller: the least first, then by halving the distance, then one by one."""

@@ -26,6 +26,9 @@ KINDS: Final = (
 )
 """Kinds of operation, each of which a swarm may leave out."""
 
+FULL_EVERY: Final = (32,) * 11 + (4,) * 4 + (1,)
+"""Steps from one look at the core's whole state to the next: a look costs more than a step of these sizes."""
+
 _HEADS: Final = {"layers": 2, "kv_heads": 2, "head_dim": 8}
 _READER: Final = {"kind": "reader", "lanes": 2}
 DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
@@ -138,7 +141,7 @@ def _scenario(source: Source, name: str, setup: dict[str, dict[str, Any]], limit
             "workload": {**setup.get("workload", {}), "arrivals": {"kind": "script", "requests": requests}},
             "cost": {"kind": "fixed", "step_ns": 1000},
             "faults": _faults(source, weights, requests),
-            "invariants": {"full_every": source.choice((16, 16, 4, 1))},
+            "invariants": {"full_every": source.choice(FULL_EVERY)},
             "expect": {"violations": 0, "rejected": {"min": 0}},
         }
     )

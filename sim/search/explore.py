@@ -30,6 +30,9 @@ from sim.search.state_key import state_key
 
 PROGRESS_EVERY: Final = 500
 
+Waiting = tuple[int, bytes, tuple[Action, ...]]
+"""A state to go on from: its number, its world, and every move that may come next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counterexample:
@@ -95,16 +98,16 @@ class _Search:
         self.found = Explored(scope)
         self._parents: list[tuple[int, Action]] = []
         self._seen: set[bytes] = set()
-        self.frontier: list[tuple[int, bytes]] = []
-        self._next: list[tuple[int, bytes]] = []
+        self.frontier: list[Waiting] = []
+        self._next: list[Waiting] = []
         self._arrive(new_world(scope, factory), -1, Action("start"))
         self.frontier, self._next = self._next, []
 
     def level(self, deadline: float) -> None:
         """All states one action further; what is left of the frontier at the deadline stays."""
         while self.frontier:
-            number, frozen = self.frontier.pop()
-            for action in actions(thaw(frozen), self.scope):
+            number, frozen, choices = self.frontier.pop()
+            for action in choices:
                 self._step(number, frozen, action)
                 if self.found.violations:
                     return
@@ -142,7 +145,7 @@ class _Search:
         self._parents.append((parent, action))
         self.found.states += 1
         if not is_over(world, self.scope):
-            self._next.append((self.found.states - 1, freeze(world)))
+            self._next.append((self.found.states - 1, freeze(world), tuple(actions(world, self.scope))))
         if self.found.states % PROGRESS_EVERY == 0:
             self.progress(self.found)
 

@@ -6,6 +6,7 @@ The device of this world yields token 1 or an EOS; rows of a sequence that has e
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import threading
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 
 from invariants.auditor import AuditConfig, Auditor, Totals
 from invariants.catalogue import CATALOGUE
+from invariants.findings import Count
 from invariants.violation import Violation
-from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, Request, StepOutcome, StepPlan
+from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, DeclaredPolicy, Request, StepOutcome, StepPlan
 from sim.cores.checked import CheckedCore, CoreFormError, raised
 from sim.cores.protocol import CoreConfig, ServingCore
 
@@ -274,29 +276,40 @@ def _crash(world: World, error: Exception) -> str:
 # ---- copies
 
 
+def _array(array: NDArray[Any]) -> Any:
+    """How an array is taken apart: a copy's view is of the copy's own array, and loading calls nothing in Python."""
+    base: Any = array.base
+    if isinstance(base, np.ndarray) and base.flags.c_contiguous and array.flags.writeable == base.flags.writeable:
+        offset = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        return np.ndarray, (array.shape, array.dtype, base, offset, array.strides)
+    if not array.flags.c_contiguous or array.dtype.hasobject:
+        return array.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    content = bytearray(array.tobytes()) if array.flags.writeable else array.tobytes()
+    return np.ndarray, (array.shape, array.dtype, content)
+
+
+def _fields(value: Any) -> Any:
+    """How a frozen value is taken apart, without the detour that dataclasses take."""
+    return type(value), tuple([getattr(value, name) for name in value.__dataclass_fields__])
+
+
+def _count(count: Count) -> Any:
+    return Count, (), (None, {"checked": count.checked, "nontrivial": count.nontrivial})
+
+
+_APART: Final[dict[type, Callable[[Any], Any]]] = {
+    **copyreg.dispatch_table,
+    type(threading.Lock()): lambda lock: (threading.Lock, ()),
+    type(threading.RLock()): lambda lock: (threading.RLock, ()),
+    np.ndarray: _array,
+    Count: _count,
+    **dict.fromkeys((Request, StepPlan, StepOutcome, DeclaredPolicy), _fields),
+}
+"""What pickle alone would copy wrongly (locks: a copy gets its own; views) or slowly, by exact type."""
+
+
 class _Pickler(pickle.Pickler):
-    """Keeps what a plain copy loses: locks (a copy gets its own), and views (a copy's view is of its own array)."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        """How locks and views are taken apart."""
-        if isinstance(obj, _LOCKS):
-            return (threading.Lock if isinstance(obj, _LOCKS[0]) else threading.RLock), ()
-        if isinstance(obj, np.ndarray) and isinstance(obj.base, np.ndarray) and obj.base.flags.c_contiguous:
-            base: NDArray[Any] = obj.base
-            offset = obj.__array_interface__["data"][0] - base.__array_interface__["data"][0]
-            return _view, (base, offset, obj.shape, obj.strides, obj.dtype, obj.flags.writeable)
-        return NotImplemented
-
-
-_LOCKS: Final = (type(threading.Lock()), type(threading.RLock()))
-
-
-def _view(
-    base: NDArray[Any], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, writeable: bool
-) -> NDArray[Any]:
-    view: NDArray[Any] = np.ndarray(shape, dtype, base, offset, strides)  # pyright: ignore[reportArgumentType]
-    view.flags.writeable = writeable and base.flags.writeable
-    return view
+    dispatch_table = _APART
 
 
 def freeze(world: World) -> bytes:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from sim.search.small_world import World
+from sim.search.small_world import Flight, World
 
 
 def state_key(world: World, *, symmetry: bool) -> bytes:
@@ -20,6 +20,8 @@ def state_key(world: World, *, symmetry: bool) -> bytes:
     in_flight = [r for flight in world.flights for r in flight.plan.request.tolist()]
     for request in sorted({*world.asked, *in_flight}):
         names.request(request)
+    # Of each request the admission that holds pages now; an older one in flight is another's past.
+    newest = dict(snapshot.pages.keys())
     parts: list[Any] = [
         world.submitted,
         names.pages(snapshot.free.tolist()),
@@ -32,15 +34,14 @@ def state_key(world: World, *, symmetry: bool) -> bytes:
         [(state, [names.request(r) for r in queue.tolist()]) for state, queue in sorted(snapshot.queues.items())],
         sorted((names.request(r), slot) for r, slot in snapshot.slot_of.items()),
         snapshot.positions.tolist(),
-        [_flight(flight, world, names) for flight in world.flights],
+        [_flight(flight, world, newest, names) for flight in world.flights],
         _hidden(world, names),
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
-def _flight(flight: Any, world: World, names: _Names) -> list[Any]:
+def _flight(flight: Flight, world: World, newest: dict[int, int], names: _Names) -> list[Any]:
     plan, outcome = flight.plan, flight.outcome
-    newest = _newest_admissions(world)
     return [
         (
             names.request(request),
@@ -66,11 +67,6 @@ def _flight(flight: Any, world: World, names: _Names) -> list[Any]:
             )
         )
     ]
-
-
-def _newest_admissions(world: World) -> dict[int, int]:
-    """Of each request the admission that holds pages now; an older one in flight is another's past."""
-    return dict(world.core.snapshot().pages.keys())
 
 
 def _hidden(world: World, names: _Names) -> Any:

@@ -13,14 +13,11 @@ class Calendar:
 
     def note(self, slot: int, turn: int) -> None:
         """A slot is due at `turn`, and at no other."""
-        if self._turn_of.get(slot) == turn:
-            return
         self._turn_of[slot] = turn
-        slots = self._slots.get(turn)
-        if slots is None:
-            self._slots[turn] = [slot]
+        if turn in self._slots:
+            self._slots[turn].append(slot)
         else:
-            slots.append(slot)
+            self._slots[turn] = [slot]
 
     def drop(self, slot: int) -> None:
         """A slot is not due."""
@@ -28,8 +25,10 @@ class Calendar:
 
     def due(self, turn: int) -> list[int]:
         """The slots that are due at `turn`, ascending."""
-        noted = self._slots.get(turn)
-        return sorted({slot for slot in noted if self._turn_of.get(slot) == turn}) if noted else []
+        if turn not in self._slots:
+            return []
+        turn_of = self._turn_of
+        return sorted({slot for slot in self._slots[turn] if turn_of.get(slot) == turn})
 
     def over(self, turn: int) -> None:
         """The turn lies behind: nobody asks for it again."""

@@ -49,7 +49,7 @@ class Ledger:
         self.num_free_slots = slots
         self.before: list[list[int]] = [[] for _ in range(slots)]
         """The pages of whoever was in each slot last."""
-        width = -(-(policy.max_sequence_length + policy.lookahead) // self.page_size)
+        self.width = max(-(-(policy.max_sequence_length + policy.lookahead) // self.page_size), 1)
         self.active = np.zeros(slots, np.int32)
         self.request = np.full(slots, -1, np.int32)
         self.admission = np.zeros(slots, np.int32)
@@ -63,7 +63,7 @@ class Ledger:
         self.num_pages = np.zeros(slots, np.int32)
         self.newest_page = np.zeros(slots, np.int32)
         self.eos = np.full(slots, -1, np.int32)
-        self.table = np.zeros((slots, max(width, 1)), np.int32)
+        self.table = np.zeros((slots, self.width), np.int32)
         # Lazily backed by the system: only rows that are used cost memory.
         self.tokens = np.zeros((slots, policy.max_sequence_length + 2), np.int32)
         self.flat_tokens, self.flat_table = self.tokens.reshape(-1), self.table.reshape(-1)
@@ -168,11 +168,12 @@ class Ledger:
         self._stale = True
 
     def _note_full(self, slot: int, pages: int) -> None:
-        turn = pages * self.page_size - self.lead.item(slot)
-        if not self.turn <= turn <= self.turn + self.page_size:
+        now, turn = self.turn, pages * self.page_size - self.lead.item(slot)
+        if not now <= turn <= now + self.page_size:
             self.odd_sizes = True
-        # Whoever lacks a page already lacks it in each turn that comes.
-        self.full.note(slot, max(turn, self.turn))
+            # Whoever lacks a page already lacks it in each turn that comes.
+            turn = max(turn, now)
+        self.full.note(slot, turn)
 
     def advance(self) -> None:
         """Every running sequence is one token further."""
@@ -251,19 +252,19 @@ class Ledger:
 
     def grow(self, admission: Admission, pages: tuple[int, ...]) -> None:
         """Append pages to an admission's list, and to its row."""
-        count, slot = len(admission.pages), admission.slot
-        admission.pages.extend(pages)
+        mine, slot = admission.pages, admission.slot
+        count = len(mine)
+        mine.extend(pages)
         if slot < 0 or not pages:
             return
-        width = self.table.shape[1]
-        if len(pages) == 1 and count < width:
-            self.flat_table[slot * width + count] = pages[0]
+        if len(pages) == 1 and count < self.width:
+            self.flat_table[slot * self.width + count] = pages[0]
         else:
-            self.table[slot, count : count + len(pages)] = pages[: max(width - count, 0)]
-        self.num_pages[slot] = count + len(pages)
-        self.newest_page[slot] = pages[-1]
+            self.table[slot, count : count + len(pages)] = pages[: max(self.width - count, 0)]
+        self.num_pages[slot] = count = len(mine)
+        self.newest_page[slot] = mine[-1]
         if self.active.item(slot):
-            self._note_full(slot, count + len(pages))
+            self._note_full(slot, count)
 
     def drain(self, live: Live) -> None:
         """The request's last row is planned: nothing more may run for it."""

@@ -48,6 +48,8 @@ DECLARED_STATES: dict[str, frozenset[str]] = {
 }
 """In which states of a request each kind of effect may happen."""
 
+HOLDING = DECLARED_STATES["allocated"]
+
 
 class LifeJudge:
     """Judges every effect and lets the ledger follow it."""
@@ -254,13 +256,12 @@ class LifeJudge:
 
     def _allocated(self, effect: Effect) -> None:
         live = self.ledger.live.get(effect.request)
-        admission = live.admission if live is not None else None
         if (
             live is None
-            or admission is None
-            or admission.released
+            or live.state not in HOLDING
+            or (admission := live.admission) is None
             or admission.number != effect.admission
-            or live.state not in DECLARED_STATES["allocated"]
+            or admission.released
         ):
             state = live.state if live is not None else self.ledger.how_gone(effect.request)
             self._illegal(effect, f"while the request is {state}")

@@ -28,14 +28,15 @@ class PageJudge:
     def allocated(self, effect: Effect, admission: Admission) -> None:
         """`pages` go to an admission that may hold pages."""
         pool, pages = self.ledger.pool, effect.pages
-        size = len(pages)
+        size, held = len(pages), len(admission.pages)
         self.granted_pages += size
         self.grants += 1
         if pool.fences:
             self.fence_pages += size
-        self.growths += effect.first_page > 0
+        if held:
+            self.growths += 1
         # Whatever stands in the queue of free pages is free, once, and in range: only its order is left to compare.
-        if effect.first_page == len(admission.pages) and pool.take_next(admission, pages):
+        if effect.first_page == held and pool.take_next(admission, pages):
             self.ledger.grow(admission, pages)
         elif size:
             self._judge_grant(effect, admission)

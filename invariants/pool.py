@@ -80,9 +80,13 @@ class Pool:
     def __init__(self, num_pages: int, order: FreeList, first: Sequence[int] = ()) -> None:
         self.num_pages = num_pages
         self.order = FreeOrder(num_pages, order, first)
+        self.queue: deque[int] = self.order.pages if order == "fifo" else deque()
+        """The free pages in hand-out order, where that is first in, first out."""
         self.holder: dict[int, Admission] = {}
         self.fences: dict[tuple[int, int], tuple[Admission, list[int]]] = {}
         self.num_fenced = 0
+        self.untouched = True
+        """Every page was handed out when it was free: an admission's list is what it holds."""
 
     @property
     def num_free(self) -> int:
@@ -104,38 +108,38 @@ class Pool:
 
     def take_next(self, admission: Admission, pages: Sequence[int]) -> bool:
         """Pages belong to an admission, if they are exactly the next of a first-in-first-out queue; else nothing."""
-        order, holder = self.order, self.holder
-        if order.order != "fifo":
-            return False
-        queue = order.pages
-        if len(pages) == 1 and queue and queue[0] == pages[0]:
-            holder[queue.popleft()] = admission
+        queue = self.queue
+        if len(pages) == 1:
+            if not queue or queue[0] != pages[0]:
+                return False
+            self.holder[queue.popleft()] = admission
             return True
         if tuple(islice(queue, len(pages))) != pages:
             return False
-        for page in pages:
+        self.holder.update(dict.fromkeys(pages, admission))
+        for _ in pages:
             queue.popleft()
-            holder[page] = admission
         return True
 
     def hold(self, admission: Admission, pages: Iterable[int]) -> None:
-        """Pages belong to an admission from now on."""
+        """Pages belong to an admission from now on, though it was not their turn."""
+        self.untouched = False
         for page in pages:
             self.holder[page] = admission
 
-    def release(self, admission: Admission, order: Iterable[int], *, fenced: bool) -> None:
+    def release(self, admission: Admission, order: tuple[int, ...], *, fenced: bool) -> None:
         """An admission gives back what it holds, in the order told; pages told that are not its own stay."""
         admission.released = True
-        told = dict.fromkeys(order)
-        # A page that the core forgot is lost there; the books take it back, so that it is reported once.
-        told.update(dict.fromkeys(admission.pages))
-        mine = [p for p in told if self.holder.get(p) is admission]
-        if fenced:
-            if mine:
-                self.fences[admission.request, admission.number] = (admission, mine)
-            self.num_fenced += len(mine)
-        else:
+        mine = admission.pages
+        if order != tuple(mine) or not self.untouched:
+            # A page that the core forgot is lost there; the books take it back, so that it is reported once.
+            told = dict.fromkeys((*order, *mine))
+            mine = [p for p in told if self.holder.get(p) is admission]
+        if not fenced:
             self._free(mine)
+        elif mine:
+            self.fences[admission.request, admission.number] = (admission, mine)
+            self.num_fenced += len(mine)
 
     def unfence(self, key: tuple[int, int], pages: Iterable[int]) -> None:
         """Pages of a released admission are free from now on; those that are not behind its fence stay."""

@@ -15,6 +15,9 @@ from invariants.records import Live
 from invariants.tables import TableJudge
 from paged_attention.plan import CoreSnapshot
 
+PageLists = dict[tuple[int, int], list[int]]
+"""By (request, admission)."""
+
 
 class SnapshotJudge:
     """Compares a snapshot with the ledger, page by page, slot by slot, request by request."""
@@ -23,6 +26,7 @@ class SnapshotJudge:
         self.ledger = ledger
         self.findings = findings
         self.tables = tables
+        self._every_page = list(range(1, ledger.pool.num_pages))
 
     def judge(self, snapshot: CoreSnapshot, *, after_failure: bool) -> None:
         """Everything; `after_failure`: an allocation has just failed, so that a difference is also a breach of P9."""
@@ -52,6 +56,24 @@ class SnapshotJudge:
         findings.counts["P2"].add(1, 1)
         findings.counts["P3"].add(1, 1)
         findings.counts["P8"].add(len(everywhere), len(everywhere))
+        if sorted(everywhere) != self._every_page:
+            self._judge_partition(free, fenced, everywhere)
+        fences = pool.fenced_pages()
+        early = sorted(fences.intersection(free))
+        if early:
+            self._breach("P11", f"page {early[0]} can be handed out while a step in flight may touch it", early[:16])
+        differences = self._compare("free", set(free), pool.free_pages())
+        differences += self._compare("fenced", set(fenced), fences)
+        mine = {
+            (a.request, a.number): a.pages
+            for live in self.ledger.live.values()
+            if (a := live.admission) is not None and not a.released and a.pages
+        }
+        return differences + self._wrong_lists(mine, owned) if mine != owned else differences
+
+    def _judge_partition(self, free: list[int], fenced: list[int], everywhere: list[int]) -> None:
+        """P1, P2, P3, P8: which page is not exactly one of free, fenced and owned."""
+        size = self.ledger.pool.num_pages
         outside = [p for p in everywhere if not 0 <= p < size]
         if outside:
             self._breach("P8", f"the core's books have page {outside[0]}, but the pool ends at {size - 1}", outside)
@@ -61,7 +83,7 @@ class SnapshotJudge:
         times = np.bincount(inside, minlength=size)[1:]
         lost, twice = np.flatnonzero(times == 0) + 1, np.flatnonzero(times > 1) + 1
         if len(everywhere) != size - 1:
-            findings.breach(
+            self.findings.breach(
                 "P2",
                 f"{len(free)} free, {len(fenced)} fenced and {len(everywhere) - len(free) - len(fenced)} owned pages do"
                 f" not make {size - 1}",
@@ -73,23 +95,17 @@ class SnapshotJudge:
             self._breach("P1", f"page {lost[0]} is neither free nor fenced nor owned", lost.tolist()[:16])
         if len(twice):
             self._breach("P1", f"page {twice[0]} is in more than one of free, fenced and owned", twice.tolist()[:16])
-        early = sorted(pool.fenced_pages().intersection(free))
-        if early:
-            self._breach("P11", f"page {early[0]} can be handed out while a step in flight may touch it", early[:16])
-        differences = self._compare("free", set(free), pool.free_pages())
-        differences += self._compare("fenced", set(fenced), pool.fenced_pages())
-        mine = {
-            (a.request, a.number): a.pages
-            for live in self.ledger.live.values()
-            if (a := live.admission) is not None and not a.released and a.pages
-        }
+
+    def _wrong_lists(self, mine: PageLists, owned: PageLists) -> list[str]:
+        """T1: the page lists of the core that are not those that it was seen to give."""
+        differences: list[str] = []
         for key in sorted(mine.keys() | owned.keys()):
             if mine.get(key) != owned.get(key):
                 text = (
                     f"request {key[0]}, admission {key[1]}, was given pages {mine.get(key, [])}, but the core's list is"
                     f" {owned.get(key, [])}"
                 )
-                findings.breach(
+                self.findings.breach(
                     "T1",
                     text,
                     requests=(key[0],),
@@ -158,25 +174,18 @@ class SnapshotJudge:
     def _queues(self, snapshot: CoreSnapshot) -> None:
         """S6: each live request is in exactly one queue, the one of its state; S9: waiting is in declared order."""
         ledger, findings = self.ledger, self.findings
-        where: dict[int, list[str]] = {}
-        for name, requests in snapshot.queues.items():
-            for request in requests.tolist():
-                where.setdefault(request, []).append(name)
         findings.counts["S6"].add(len(ledger.live), len(ledger.live))
-        for request in sorted(where.keys() | ledger.live.keys()):
-            live, names = ledger.live.get(request), where.get(request, [])
-            allowed = _names(live) if live is not None else frozenset[str]()
-            if live is None or len(names) != 1 or names[0] not in allowed:
-                state = live.state if live is not None else ledger.how_gone(request)
-                findings.breach(
-                    "S6",
-                    f"request {request}, which is {state}, is in the queues {names}",
-                    requests=(request,),
-                    expected=" or ".join(sorted(allowed)) or "no queue",
-                    found=names,
-                )
+        queued = {name: requests.tolist() for name, requests in snapshot.queues.items()}
+        each = list(chain.from_iterable(queued.values()))
+        at_home = all(
+            (live := ledger.live.get(request)) is not None and live.state == name
+            for name, requests in queued.items()
+            for request in requests
+        )
+        if not at_home or len(each) != len(ledger.live) or len(set(each)) != len(each):
+            self._judge_queues(queued)
         if ledger.policy.admission == "fcfs" and "waiting" in snapshot.queues:
-            expected, found = [live.id for live in ledger.waiting], snapshot.queues["waiting"].tolist()
+            expected, found = [live.id for live in ledger.waiting], queued["waiting"]
             if expected != found and set(expected) == set(found):
                 findings.breach(
                     "S9",
@@ -184,6 +193,26 @@ class SnapshotJudge:
                     requests=found,
                     expected=expected,
                     found=found,
+                )
+
+    def _judge_queues(self, queued: Mapping[str, list[int]]) -> None:
+        """Request by request: some states have two queues that are right."""
+        ledger = self.ledger
+        where: dict[int, list[str]] = {}
+        for name, requests in queued.items():
+            for request in requests:
+                where.setdefault(request, []).append(name)
+        for request in sorted(where.keys() | ledger.live.keys()):
+            live, names = ledger.live.get(request), where.get(request, [])
+            allowed = _names(live) if live is not None else frozenset[str]()
+            if live is None or len(names) != 1 or names[0] not in allowed:
+                state = live.state if live is not None else ledger.how_gone(request)
+                self.findings.breach(
+                    "S6",
+                    f"request {request}, which is {state}, is in the queues {names}",
+                    requests=(request,),
+                    expected=" or ".join(sorted(allowed)) or "no queue",
+                    found=names,
                 )
 
     def judge_pending(self, pending: Mapping[int, str]) -> None:

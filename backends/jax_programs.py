@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -127,10 +128,19 @@ class Programs:
 
             def counted(*args: Any) -> Any:
                 self.num_compiled += 1  # runs while JAX traces, which is once for each program that it compiles
-                return body(*args)
+                with self._pallas_mode():
+                    return body(*args)
 
             self._made[key] = jax.jit(counted, compiler_options=self._options, **jit_options)
         return self._made[key]
+
+    def _pallas_mode(self) -> AbstractContextManager[None]:
+        """Under which a writer's Pallas kernels for TPU are traced: on the CPU they are interpreted, copy by copy."""
+        if self._cache.writer is None or self.mesh.devices.flat[0].platform != "cpu":
+            return nullcontext()
+        from backends.pallas_mode import interpreted
+
+        return interpreted()
 
 
 @functools.lru_cache(maxsize=32)

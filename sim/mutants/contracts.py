@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sim.mutants.api_contracts import API_CONTRACTS
+from sim.mutants.pallas_contract import pallas_guard
 from sim.replay import load_recorded, replay
 from sim.run import run
 from sim.scenario import Scenario
@@ -85,6 +86,7 @@ CONTRACTS: Final[dict[str, Callable[[], list[str]]]] = {
     "faults": faults,
     "replays": replays,
     "shrinks": shrinks,
+    "pallas_guard": pallas_guard,
     **API_CONTRACTS,
 }
 """By name: what was not kept, nothing where all was."""

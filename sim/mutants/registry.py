@@ -17,6 +17,7 @@ from sim.mutants import (
     own_device,
     pages,
     paired,
+    pallas,
     schedule,
     seed,
     tables,
@@ -41,6 +42,7 @@ FAMILIES: Final = (
     own,
     own_device,
     paired,
+    pallas,
     decoder,
     benign,
 )

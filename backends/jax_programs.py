@@ -79,6 +79,10 @@ class Programs:
 
     def new_pools(self) -> Pools:
         """The arrays of a cache of zeros."""
+        if self._interprets:
+            from backends.pallas_mode import forget_raised
+
+            forget_raised()
         return tuple(jax.tree.leaves(self._new_cache()))
 
     def new_state(self) -> State:
@@ -134,9 +138,14 @@ class Programs:
             self._made[key] = jax.jit(counted, compiler_options=self._options, **jit_options)
         return self._made[key]
 
+    @property
+    def _interprets(self) -> bool:
+        """Whether a writer may bring Pallas kernels for TPU to a CPU, where they are interpreted, copy by copy."""
+        return self._cache.writer is not None and self.mesh.devices.flat[0].platform == "cpu"
+
     def _pallas_mode(self) -> AbstractContextManager[None]:
-        """Under which a writer's Pallas kernels for TPU are traced: on the CPU they are interpreted, copy by copy."""
-        if self._cache.writer is None or self.mesh.devices.flat[0].platform != "cpu":
+        """Under which programs are traced."""
+        if not self._interprets:
             return nullcontext()
         from backends.pallas_mode import interpreted
 

@@ -6,15 +6,18 @@ A step's rows are cut into windows: rows of one page that lie together and are r
     decodes  a window for each slot, as high as the memory tile that holds its place (copies start at whole tiles)
 
 The kernel takes windows in groups: it starts to read all of a group, merges and puts each back as it comes in, and
-waits for the last one. A window that is written as a whole is not read. For a window without a row to write, and for one
-whose page id lies outside the pool, nothing is copied in either direction. `backends.pallas_mode` is how it runs on a
-CPU.
+waits for the last one. A window that is written as a whole is not read. For a window without a row to write, and for
+one whose page id lies outside the pool, nothing is copied in either direction. `backends.pallas_mode` is how the kernel
+runs on a CPU.
 """
 
 # JAX's own annotations are incomplete.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +25,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Int32
 
 from paged_attention.cache import PagedAttentionCacheView
+from paged_attention.layout import LAYOUTS, Layout
 from paged_attention.model_io import PagedAttentionMetadata
 
 GROUP_BYTES = 1 << 20
 """Size of a group's windows of K (those of V, and the rows to write, need as much again)."""
+TILE_BYTES = 32
+"""Bytes of a column of a memory tile: a tile has as many rows as values fit into it."""
 NO_PAGE = -1
 
 
@@ -42,10 +48,7 @@ class Windows(NamedTuple):
 
 
 def write(
-    view: PagedAttentionCacheView,
-    key: Shaped[Array, "tokens heads head_dim"],
-    value: Shaped[Array, "tokens heads head_dim"],
-    attn_meta: PagedAttentionMetadata,
+    view: PagedAttentionCacheView, key: Any, value: Any, attn_meta: PagedAttentionMetadata
 ) -> PagedAttentionCacheView:
     """The view with the rows of one part at their places; a `backends.jax_step.Writer`.
 
@@ -53,28 +56,22 @@ def write(
     """
     if view.quantizer is not None:
         raise ValueError("the Pallas writer writes no quantised pages: drop `cache.quantize` or `backend.writer`")
-    pools = [view.key_pages, view.value_pages]
-    tokens = [rows.astype(pools[0].dtype) for rows in (key, value)]
+    layout, pools = LAYOUTS[view.layout], [view.key_pages, view.value_pages]
+    tokens = [rows.astype(view.key_pages.dtype) for rows in (key, value)]
     if attn_meta.is_prefill_mode():
-        position, length = attn_meta.prefill_position, attn_meta.prefill_length
-        keys, values = write_chunk(position, length, attn_meta.prefill_page_table, tokens, pools)
+        where = attn_meta.prefill_position, attn_meta.prefill_length, attn_meta.prefill_page_table
+        keys, values = write_chunk(layout, pools, tokens, *where, view.metadata.page_size)
     else:
-        keys, values = write_rows(attn_meta.decodes_position, attn_meta.decodes_page_table, tokens, pools)
+        where = attn_meta.decodes_position, attn_meta.decodes_page_table
+        keys, values = write_slots(layout, pools, tokens, *where, view.metadata.page_size)
     return view.replace(key_pages=keys, value_pages=values)
 
 
 def write_chunk(
-    position: Int32[Array, " rows"],
-    length: Int32[Array, ""],
-    table: Int32[Array, " entries"],
-    tokens: list[Shaped[Array, "rows heads head_dim"]],
-    pools: list[Shaped[Array, "heads pages page_size head_dim"]],
+    layout: Layout, pools: list[Any], tokens: list[Any], position: Any, length: Any, table: Any, page_size: int
 ) -> list[Any]:
-    """The pools with those of a chunk's rows that stand before `length`, in windows of whole pages.
-
-    Rows follow one another from position[0].
-    """
-    page_size, num_rows = pools[0].shape[2], position.shape[0]
+    """The pools with the rows of a chunk that stand before `length`; arguments as in `paged_attention.writes`."""
+    num_rows = position.shape[0]
     first, shift = position[0] // page_size, position[0] % page_size
     num_windows = (num_rows + 2 * page_size - 2) // page_size
     nth = jnp.arange(num_windows, dtype=jnp.int32)
@@ -89,70 +86,79 @@ def write_chunk(
     def spread(rows: Any) -> Any:
         room = jnp.zeros((num_windows * page_size, *rows.shape[1:]), rows.dtype)
         shifted = lax.dynamic_update_slice_in_dim(room, rows, shift, axis=0)
-        return shifted.reshape(num_windows, page_size, *rows.shape[1:]).swapaxes(1, 2)
+        return _in_axes(layout, shifted.reshape(num_windows, page_size, *rows.shape[1:]))
 
-    return _write_windows(windows, [spread(rows) for rows in tokens], pools, page_size)
+    return _write_windows(layout, pools, [spread(rows) for rows in tokens], windows, page_size)
 
 
-def write_rows(
-    position: Int32[Array, " slots"],
-    table: Int32[Array, "slots entries"],
-    tokens: list[Shaped[Array, "slots heads head_dim"]],
-    pools: list[Shaped[Array, "heads pages page_size head_dim"]],
+def write_slots(
+    layout: Layout, pools: list[Any], tokens: list[Any], position: Any, table: Any, page_size: int
 ) -> list[Any]:
-    """The pools with the row of each slot whose position is not negative, in one window for each slot."""
-    page_size = pools[0].shape[2]
-    height = _tile_rows(page_size, pools[0].dtype)
+    """The pools with the token of each live slot; arguments as in `paged_attention.writes`."""
+    height = _copied_rows(layout, page_size, pools[0].dtype)
     page = jax.vmap(_entries)(table, (position // page_size)[:, None])[:, 0]
     offset = position % page_size
     low = offset % height
     windows = Windows(page, offset - low, low, low + (position >= 0))
-    return _write_windows(windows, [rows[:, :, None] for rows in tokens], pools, height)
+    return _write_windows(layout, pools, [_in_axes(layout, rows[:, None]) for rows in tokens], windows, height)
 
 
-def _tile_rows(page_size: int, dtype: Any) -> int:
-    """Rows of a memory tile: 32 bytes of each column; the whole page where it is no whole number of tiles."""
-    rows = 32 // jnp.dtype(dtype).itemsize
+def _in_axes(layout: Layout, tokens: Any) -> Any:
+    """Vectors (windows, rows, heads, head_dim) with the axes of each window as they are in a page."""
+    reordered: Any = jax.vmap(layout.from_tokens)
+    return reordered(tokens)
+
+
+def _entries(table: Any, nth: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """These entries of a page table; NO_PAGE beyond its ends."""
+    inside = jnp.where(nth < 0, table.shape[0], nth)
+    return jnp.asarray(table).at[inside].get(mode="fill", fill_value=NO_PAGE)
+
+
+def _copied_rows(layout: Layout, page_size: int, dtype: Any) -> int:
+    """How many rows of a page must be copied to write one: those of a tile, or the page if that is no whole number."""
+    if layout.axes[-2] != "page":
+        return 1
+    rows = TILE_BYTES // jnp.dtype(dtype).itemsize
     return page_size if page_size % rows else rows
 
 
-def _entries(table: Int32[Array, " entries"], nth: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    """These entries of a page table; NO_PAGE beyond its end."""
-    return jnp.asarray(table).at[jnp.where(nth < 0, table.shape[0], nth)].get(mode="fill", fill_value=NO_PAGE)
+def _row_axis(layout: Layout) -> int:
+    """Where the rows lie in a window, which has the axes of a pool without that of the pages."""
+    return [axis for axis in layout.axes if axis != "pages"].index("page")
 
 
-def _write_windows(windows: Windows, new: list[Any], pools: list[Any], height: int) -> list[Any]:
-    """The pools (heads, pages, page_size, head_dim) with `new` (windows, heads, height or 1, head_dim) written.
-
-    A window of one row in `new` has that row for each of its rows. The pools are written in place where they are
-    donated.
-    """
-    num_windows, num_heads, given, head_dim = new[0].shape
-    group = max(1, min(num_windows, GROUP_BYTES // (num_heads * height * head_dim * new[0].dtype.itemsize)))
+def _write_windows(layout: Layout, pools: list[Any], new: list[Any], windows: Windows, height: int) -> list[Any]:
+    """The pools with `new` (windows, *window) written; a window of one row has that row for each of its rows."""
+    num_windows, *given = new[0].shape
+    window = list(given)
+    window[_row_axis(layout)] = height
+    window_bytes = math.prod(window) * jnp.dtype(new[0].dtype).itemsize
+    group = max(1, min(num_windows, GROUP_BYTES // window_bytes))
     num_groups = -(-num_windows // group)
-    missing = num_groups * group - num_windows
     windows = windows._replace(page=jnp.where(windows.low < windows.high, windows.page, NO_PAGE))
-    windows = Windows(*(jnp.pad(part, (0, missing), constant_values=NO_PAGE) for part in windows))
-    num_scalars, num_pools = len(windows), len(pools)
+    missing = num_groups * group - num_windows
+    scalars = [jnp.pad(part, (0, missing), constant_values=NO_PAGE) for part in windows]
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
-    rows = pl.BlockSpec((group, num_heads, given, head_dim), lambda step, *_: (step, 0, 0, 0))
-    held = pltpu.VMEM((group, num_heads, height, head_dim), new[0].dtype)
+    rows = pl.BlockSpec((group, *given), lambda step, *_: (step, 0, 0, 0))
+    held = pltpu.VMEM((group, *window), new[0].dtype)
     return pl.pallas_call(
-        _kernel,
+        partial(_kernel, layout),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=num_scalars,
+            num_scalar_prefetch=len(scalars),
             grid=(num_groups,),
             in_specs=[rows, rows, in_memory, in_memory],
             out_specs=[in_memory, in_memory],
-            scratch_shapes=[held, held, pltpu.SemaphoreType.DMA((num_pools, group))],
+            scratch_shapes=[held, held, pltpu.SemaphoreType.DMA((len(pools), group))],
         ),
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
-        input_output_aliases={num_scalars + len(new) + pool: pool for pool in range(num_pools)},
+        input_output_aliases={len(scalars) + len(new) + pool: pool for pool in range(len(pools))},
         name="write_page_windows",
-    )(*windows, *new, *pools)
+    )(*scalars, *new, *pools)
 
 
 def _kernel(
+    layout: Layout,
     page: Any,
     start: Any,
     low: Any,
@@ -167,8 +173,9 @@ def _kernel(
     held_value: Any,
     arrived: Any,
 ) -> None:
-    group, _, height, _ = held_key.shape
-    num_pages = key_pages.shape[1]
+    """One group of windows; the pools are given twice, as what goes in and what comes out, and lie in one place."""
+    group, *window = held_key.shape
+    height, num_pages = window[_row_axis(layout)], layout.num_pages(key_pages)
     first = pl.program_id(0) * group
     pools = ((key_pages, held_key, new_key), (value_pages, held_value, new_value))
 
@@ -178,13 +185,13 @@ def _kernel(
     def kept_in_part(n: Any) -> Any:
         return written(n) & (high[n] - low[n] < height)
 
-    def copies(nth: Any, put_back: bool) -> list[Any]:
+    def copies(nth: Any, *, put_back: bool) -> list[Any]:
         n = first + nth
-        begin = pl.multiple_of(start[n], height)
-        ends = [(pages.at[:, page[n], pl.ds(begin, height)], held.at[nth]) for pages, held, _ in pools]
+        place = layout.index(page[n], pl.ds(pl.multiple_of(start[n], height), height))
+        ends = [(pages.at[place], held.at[nth]) for pages, held, _ in pools]
         return [
-            pltpu.make_async_copy(*(reversed(both) if put_back else both), arrived.at[pool, nth])
-            for pool, both in enumerate(ends)
+            pltpu.make_async_copy(*((inside, outside) if put_back else (outside, inside)), arrived.at[pool, nth])
+            for pool, (outside, inside) in enumerate(ends)
         ]
 
     @pl.loop(0, group)
@@ -205,9 +212,9 @@ def _kernel(
 
         @pl.when(written(n))
         def _put_back() -> None:
+            row = lax.broadcasted_iota(jnp.int32, window, _row_axis(layout))
+            mine = (row >= low[n]) & (row < high[n])
             for _, held, new in pools:
-                row = lax.broadcasted_iota(jnp.int32, held.shape[1:], 1)
-                mine = (row >= low[n]) & (row < high[n])
                 held[nth] = jnp.where(mine, new[nth], held[nth])
             for copy in copies(nth, put_back=True):
                 copy.start()

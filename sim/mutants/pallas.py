@@ -12,9 +12,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "ML01",
         "The Pallas writer puts a decode one row too far within its window.",
-        ("K1", "K3"),
+        ("K1", "K2", "K3"),
         where="device",
-        edits=(Edit(f"{_WRITER}:write_rows", "low = offset % height", "low = (offset + 1) % height"),),
+        edits=(
+            Edit(
+                f"{_WRITER}:write_slots",
+                "low, low + (position >= 0))",
+                "(low + 1) % height, (low + 1) % height + (position >= 0))",
+            ),
+        ),
         driver=_DRIVER,
     ),
     Mutant(
@@ -22,7 +28,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "The Pallas writer takes each slot's page from the table of the slot before.",
         ("K1", "K2", "K3"),
         where="device",
-        edits=(Edit(f"{_WRITER}:write_rows", "(_entries)(table, ", "(_entries)(jnp.roll(table, 1, axis=0), "),),
+        edits=(Edit(f"{_WRITER}:write_slots", "(_entries)(table, ", "(_entries)(jnp.roll(table, 1, axis=0), "),),
         driver=_DRIVER,
     ),
     Mutant(
@@ -64,7 +70,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "ML06",
         "The Pallas writer overwrites the rows of a window that lie before its own.",
-        ("K3", "K1"),
+        ("K3", "K1", "K2"),
         where="device",
         edits=(Edit(f"{_WRITER}:_kernel", "(row >= low[n]) & (row < high[n])", "row < high[n]"),),
         driver=_DRIVER,

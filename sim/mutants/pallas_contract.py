@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Shaped
 
 
 def pallas_guard() -> list[str]:
@@ -11,28 +14,26 @@ def pallas_guard() -> list[str]:
     import jax.numpy as jnp
 
     from backends.pallas_mode import forget_raised, interpreted
-    from backends.pallas_writer import write_rows
+    from backends.pallas_writer import write_slots
+    from paged_attention.layout import HEADS_FIRST
 
     num_pages, page_size, outside = 6, 4, [6, 99, -1, -6, 2**30]
-    page = np.array([2, *outside], np.int32)
+    table = jnp.array([[2], *([page] for page in outside)], jnp.int32)
+    position = jnp.full(len(table), 3, jnp.int32)
+    rows = jnp.ones((len(table), 2, 8), jnp.float32)
     pool = jnp.zeros((2, num_pages, page_size, 8), jnp.float32)
-    rows = jnp.ones((len(page), 2, 8), jnp.float32)
-    position = np.full(len(page), 3, np.int32)
 
-    def body(pools: list[jax.Array]) -> list[jax.Array]:
-        return write_rows(position, page[:, None], [rows, -rows], pools)
+    def body(pools: list[Any]) -> list[Any]:
+        return write_slots(HEADS_FIRST, pools, [rows, -rows], position, table, page_size)
 
     try:
         with interpreted():
-            written = [np.asarray(pool) for pool in jax.jit(body)([pool, pool])]
+            written: Any = jax.jit(body)([pool, pool])
+        found: Shaped[np.ndarray, "kinds heads pages page_size head_dim"] = np.stack(written)
     except Exception as error:
         forget_raised()
         return [f"pages {outside} of a pool of {num_pages} are left out: found {type(error).__name__}: {error}"]
-    broken: list[str] = []
-    for name, found, word in zip("KV", written, (1, -1), strict=True):
-        expected = np.zeros(pool.shape, np.float32)
-        expected[:, 2, 3] = word
-        places = sorted({place[1:3] for place in map(tuple, np.argwhere(found != expected).tolist())})
-        if places:
-            broken.append(f"only page 2, offset 3 is written: {name} differs at (page, offset) {places[:8]}")
-    return broken
+    expected = np.zeros(found.shape, np.float32)
+    expected[0, :, 2, 3], expected[1, :, 2, 3] = 1, -1
+    places = np.unique(np.argwhere(found != expected)[:, [0, 2, 3]], axis=0)
+    return [f"only page 2, offset 3 changes: found (K|V, page, offset) {wrong} otherwise" for wrong in places.tolist()]

@@ -1,4 +1,4 @@
-"""Planted bugs in the Pallas page writer (ML)."""
+"""Planted bugs in the Pallas page writer (MW)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DRIVER = "pallas-writer"
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
-        "ML01",
+        "MW01",
         "The Pallas writer puts a decode one row too far within its window.",
         ("K1", "K2", "K3"),
         where="device",
@@ -24,7 +24,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver=_DRIVER,
     ),
     Mutant(
-        "ML02",
+        "MW02",
         "The Pallas writer takes each slot's page from the table of the slot before.",
         ("K1", "K2", "K3"),
         where="device",
@@ -32,7 +32,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver=_DRIVER,
     ),
     Mutant(
-        "ML03",
+        "MW03",
         "The Pallas writer writes a chunk's padding behind its last token.",
         ("K2",),
         where="device",
@@ -46,7 +46,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver=_DRIVER,
     ),
     Mutant(
-        "ML04",
+        "MW04",
         "The Pallas writer exchanges K and V.",
         ("K7", "K1"),
         where="device",
@@ -60,7 +60,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver=_DRIVER,
     ),
     Mutant(
-        "ML05",
+        "MW05",
         "The Pallas writer copies to and from whatever page its table names.",
         ("SEED-25",),
         where="device",
@@ -68,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver="contract:pallas_guard",
     ),
     Mutant(
-        "ML06",
+        "MW06",
         "The Pallas writer overwrites the rows of a window that lie before its own.",
         ("K3", "K1", "K2"),
         where="device",
@@ -76,7 +76,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver=_DRIVER,
     ),
     Mutant(
-        "ML07",
+        "MW07",
         "The Pallas writer does not wait for what it puts back.",
         ("K1", "K3"),
         where="device",
@@ -90,7 +90,7 @@ MUTANTS: tuple[Mutant, ...] = (
         driver=_DRIVER,
     ),
     Mutant(
-        "ML08",
+        "MW08",
         "The Pallas writer takes the page of a chunk's first token for all of the chunk.",
         ("K1", "K3"),
         where="device",

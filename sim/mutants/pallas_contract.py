@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Shaped
@@ -28,8 +29,8 @@ def pallas_guard() -> list[str]:
 
     try:
         with interpreted():
-            written: Any = jax.jit(body)([pool, pool])
-        found: Shaped[np.ndarray, "kinds heads pages page_size head_dim"] = np.stack(written)
+            compiled = cast("Callable[[list[Any]], list[Any]]", jax.jit(body))
+            found: Shaped[np.ndarray, "kinds heads pages page_size head_dim"] = np.stack(compiled([pool, pool]))
     except Exception as error:
         forget_raised()
         return [f"pages {outside} of a pool of {num_pages} are left out: found {type(error).__name__}: {error}"]

@@ -134,28 +134,28 @@ class Auditor:
 
     def planned(self, now_ns: int, plan: StepPlan, snapshot: Snapshot) -> None:
         """The core planned a step; its effects happened before its rows."""
-        findings, ledger, life = self._findings, self._ledger, self._life
+        findings, life, rows = self._findings, self._life, self._rows
         findings.step, findings.time_ns = plan.step, now_ns
         life.begin_plan()
-        life.follow(plan.effects, "plan")
-        if self._pages.due:
-            self._pages.settled(fences=False)
+        if plan.effects:
+            life.follow(plan.effects, "plan")
+            if self._pages.due:
+                self._pages.settled(fences=False)
         self._metrics.planned_tokens += len(plan.tokens)
         if not self._schedule.well_formed(plan):
             return  # Its rows cannot be read: nothing can be followed until the next step.
-        judge = self._rows_on and self._planned % self.config.every == 0
-        flight, progress = self._rows.follow(plan, judge=judge)
-        ledger.flights[plan.step] = flight
-        if life.granted or self._rows.in_step is not None:
+        nth, self._planned = self._planned, self._planned + 1
+        flight, progress = rows.follow(plan, judge=self._rows_on and nth % self.config.every == 0)
+        self._ledger.flights[plan.step] = flight
+        if life.granted or rows.in_step is not None:
             self._judge_sizes(plan.step)
-        self._schedule.judge(plan, flight.first, self._rows.in_step)
+        self._schedule.judge(plan, flight.first, rows.in_step)
         self._liveness.planned(len(plan.request), progress=progress)
-        newly_blocked = self._schedule.blocked not in {-1, self._blocked}
-        self._blocked = self._schedule.blocked
-        failed = newly_blocked or bool(life.preempted)
-        if snapshot is not None and (failed or self._planned % self.config.full_every == 0):
+        blocked, before = self._schedule.blocked, self._blocked
+        self._blocked = blocked
+        failed = bool(life.preempted) or blocked not in (-1, before)
+        if snapshot is not None and (failed or nth % self.config.full_every == 0):
             self._snapshots.judge(snapshot(), after_failure=failed)
-        self._planned += 1
 
     def _judge_sizes(self, step: int) -> None:
         """P6 also for those that have no row in this step: whoever was given pages, and decodes that were left out."""

@@ -49,14 +49,14 @@ class ScheduleJudge:
         rows, tokens = len(plan.request), len(plan.tokens)
         each = (plan.admission, plan.slot, plan.start, plan.count, plan.samples, plan.num_pages, plan.table)
         lengths = {rows, *map(len, each)}
-        counts: list[int] = plan.count.tolist()
-        if len(lengths) > 1 or plan.table.ndim != 2 or sum(counts) != tokens:
-            for name in ("S1", "S8") if sum(counts) != tokens else ("S1",):
+        counted = sum(plan.count.tolist())
+        if len(lengths) > 1 or plan.table.ndim != 2 or counted != tokens:
+            for name in ("S1", "S8") if counted != tokens else ("S1",):
                 self.findings.breach(
                     name,
                     f"the arrays of step {plan.step} do not fit together",
                     expected=f"{rows} entries for each of {rows} rows, {tokens} tokens",
-                    found=f"{sorted(lengths)} entries, {sum(counts)} tokens by count",
+                    found=f"{sorted(lengths)} entries, {counted} tokens by count",
                 )
             return False
         if tokens > self.budget:

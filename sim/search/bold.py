@@ -4,6 +4,7 @@
     fill    a request goes, and the others' prompts become as long as they can
     shift   an operation goes, and whatever came at its step or later comes earlier
     shrink  a request goes, and with it a slot, or the pages that it held
+    delay   an operation goes, and a request with all that comes after it comes later: no need to keep the core busy
 
 Each yields scenarios with one operation less, whatever becomes of the numbers: those are made smaller afterwards.
 """
@@ -65,6 +66,7 @@ def bold_moves(data: Data, *, sizes: bool) -> Iterator[tuple[Data, Kept]]:
     yield from _shifted(data)
     if sizes:
         yield from _shrunk(data)
+    yield from _delayed(data)
 
 
 def _merged(data: Data, *, sizes: bool) -> Iterator[tuple[Data, Kept]]:
@@ -142,3 +144,19 @@ def _shrunk(data: Data) -> Iterator[tuple[Data, Kept]]:
             kept = leave_out(changed, [at])
             if kept:
                 yield changed, kept
+
+
+def _delayed(data: Data) -> Iterator[tuple[Data, Kept]]:
+    count = len(requests_of(data))
+    for at in range(len(operations_of(data))):
+        for first in range(1, count):
+            if first == at or (count > MOST and first != at + 1):
+                continue
+            since = requests_of(data)[first]["at_step"]
+            for by in SHIFTS:
+                changed = deepcopy(data)
+                for later in (*requests_of(changed)[first:], *(f for f in changed["faults"] if f["at_step"] >= since)):
+                    later["at_step"] += by
+                kept = leave_out(changed, [at])
+                if kept:
+                    yield changed, kept

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +53,10 @@ def one_thread() -> Generator[None]:
         os.sched_setaffinity(0, before)
 
 
-def make_mesh(devices: DeviceSpec, cache: CacheSpec) -> tuple[Mesh, HeadsOverMesh]:
-    """A mesh of the devices asked for, and how pages are spread over it.
+def make_mesh(
+    devices: DeviceSpec, cache: CacheSpec, present: Sequence[Any] | None = None
+) -> tuple[Mesh, HeadsOverMesh]:
+    """A mesh of the devices asked for, taken from `present` (None: what JAX finds), and how pages are spread over it.
 
     BackendUnavailableError: the platform is not there, or has too few devices. ValueError: the heads cannot be divided
     by the mesh.
@@ -65,7 +67,8 @@ def make_mesh(devices: DeviceSpec, cache: CacheSpec) -> tuple[Mesh, HeadsOverMes
     shards = math.prod(sizes[axis] for axis in head_axes)
     if cache.kv_heads % shards:
         raise ValueError(f"{cache.kv_heads} kv_heads cannot be spread over {shards} devices (mesh {sizes})")
-    present = _devices(devices.platform, single=wanted == 1)
+    if present is None:
+        present = _devices(devices.platform, single=wanted == 1)
     if len(present) < wanted:
         advice = f"; start with XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
         raise BackendUnavailableError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -40,9 +40,12 @@ class Programs:
     Programs that write donate the pools (their first argument) and give them back in the same place.
     """
 
-    def __init__(self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec) -> None:
+    def __init__(
+        self, cache: CacheSpec, model: ModelSpec, devices: DeviceSpec, present: Sequence[Any] | None = None
+    ) -> None:
+        """`present` are the devices to choose from, of which nothing but a description need be there."""
         use_compilation_cache()
-        self.mesh, self._heads = make_mesh(devices, cache)
+        self.mesh, self._heads = make_mesh(devices, cache, present)
         pytree.register()
         self._cache, self._layout = cache, LAYOUTS[cache.layout]
         self._metadata = PagedAttentionCacheMetaData(
@@ -65,6 +68,7 @@ class Programs:
         self._pool_shardings = tuple(
             page_sharding(self.mesh, self._layout, pool.shape, cache.kv_heads, self._heads) for pool in shapes
         )
+        self._pool_shapes = shapes
         # Whole, half and quarter batches: a wide page table costs more to hand over than a program to compile.
         halves = [cache.batch_size // part for part in (4, 2) if cache.batch_size // part >= 16]
         self.decode_buckets = [*halves, cache.batch_size]
@@ -85,6 +89,18 @@ class Programs:
             forget_raised()
         return tuple(jax.tree.leaves(self._new_cache()))
 
+    def pool_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `new_pools` would make, without making it."""
+        return tuple(
+            jax.ShapeDtypeStruct(pool.shape, pool.dtype, sharding=sharding)
+            for pool, sharding in zip(self._pool_shapes, self._pool_shardings, strict=True)
+        )
+
+    @property
+    def vector_sharding(self) -> NamedSharding:
+        """Of K and V as a model gives them, (tokens, heads, head_dim): each device has its own heads."""
+        return NamedSharding(self.mesh, PartitionSpec(None, self._heads.mesh_axes or None))
+
     def new_state(self) -> State:
         """The arrays of a device batch of free slots."""
         return state_of(ActiveSequenceBatch.create(self._metadata, self.mesh))
@@ -99,6 +115,10 @@ class Programs:
         """(pools, packed rows[, the chunk's tokens]) -> (pools, yielded)."""
         key = (chunk_rows, num_packed)
         return self._made.get(key) or self._writing(key, partial(roads.rows_step, self.model, chunk_rows), 1)
+
+    def write_part(self, part: roads.PartName) -> Callable[..., Any]:
+        """(pools, keys, values, *places) -> (pools,): the writes of one part alone, K and V of each layer given."""
+        return self._writing(("write_part", part), partial(roads.write_part, self.model, part), num_results=0)
 
     def spoil_pages(self, how: Literal["nan", "big"]) -> Callable[..., Any]:
         """(pools, page ids) -> (pools,)."""

@@ -11,8 +11,9 @@ The steps here are the bodies of one compiled program each; the host's part is t
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -35,6 +36,7 @@ from paged_attention.plan import ModelRows, StepInput, StepPlan
 from paged_attention.sampling import SamplingParams
 from paged_attention.step_news import StepShape
 
+PartName = Literal["prefill", "decodes"]
 EVERY_ROW = slice(None)
 LOGITS_ROW = 8
 """Where the digests of a decoder's logits stand in what a native step yields."""
@@ -121,11 +123,16 @@ def groups(plan: StepPlan) -> list[tuple[Any, int, int]]:
     return [(rows, len(rows), int(plan.count[rows[0]])) for rows in alone]
 
 
+def packed_shape(num_packed: int, num_pages: int) -> tuple[int, int]:
+    """Of that many packed rows with page tables of that width."""
+    return num_packed, _TABLE + num_pages
+
+
 def pack_rows(
     plan: StepPlan, rows: ModelRows, chosen: Any, num_packed: int, num_pages: int
 ) -> Int32[np.ndarray, "packed columns"]:
     """The chosen rows of a plan, padded to num_packed; a padding row writes and yields nothing."""
-    packed = np.zeros((num_packed, _TABLE + num_pages), np.int32)
+    packed = np.zeros(packed_shape(num_packed, num_pages), np.int32)
     start = plan.start[chosen]
     count = len(start)
     used = packed[:count]
@@ -193,3 +200,23 @@ def rows_step(
     fed = Fed(token if chunk is None else jnp.concatenate([chunk, token]), params)
     pools, sampled = model.step(pools, meta, RowFacts(base, seed, eos, packed[:, _SAMPLES] != 0), fed)
     return pools, sampled.stacked()
+
+
+def write_part(
+    model: PagedModel,
+    part: PartName,
+    pools: Pools,
+    keys: list[Any],
+    values: list[Any],
+    position: Int32[Array, " rows"],
+    length: Int32[Array, ""],
+    table: Int32[Array, "..."],
+) -> tuple[Pools]:
+    """The pools with K and V of every layer written, and nothing else done; `length` is the prefill's."""
+    meta = PagedAttentionMetadata.init_empty()
+    if part == "prefill":
+        meta = meta.replace(prefill_length=length, prefill_position=position, prefill_page_table=table)
+    else:
+        meta = meta.replace(decodes_position=position, decodes_page_table=table)
+    rows = zip(model.views(pools), keys, values, strict=True)
+    return (tuple(jax.tree.leaves([model.writer(view, key, value, meta) for view, key, value in rows])),)

@@ -39,6 +39,7 @@ def _app() -> typer.Typer:
     import typer
 
     from sim.cli import (
+        audit_command,
         inspect_commands,
         record_commands,
         run_command,
@@ -57,7 +58,15 @@ def _app() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    groups = (run_command, record_commands, search_commands, selftest_command, inspect_commands, tool_commands)
+    groups = (
+        run_command,
+        record_commands,
+        search_commands,
+        selftest_command,
+        inspect_commands,
+        audit_command,
+        tool_commands,
+    )
     for group in groups:
         group.register(app)
     return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 from backends.protocol import BackendUnavailableError
+from backends.tpu_targets import UnknownTargetError
 from reports.record import RecordError
 from sim.build import SetupError
 from sim.cores.checked import CoreFormError
@@ -24,6 +25,7 @@ USAGE_ERRORS = (
     ReplayError,
     SetupError,
     CoreFormError,
+    UnknownTargetError,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -24,11 +24,13 @@ class Honest:
 
 
 def honest_names(*, host_only: bool) -> tuple[str, ...]:
-    """The scenarios that plant nothing, the largest part of the library first."""
+    """The scenarios that plant nothing and run on any machine, the largest part of the library first."""
     library = tuple(sorted(path.stem for path in LIBRARY.glob("*.yaml")))
     kinds = ("host-",) if host_only else ("deep-", "mesh-", "device-", "host-")
     names = (*(() if host_only else library), *(name for kind in kinds for name in gauntlet(kind)))
-    return tuple(name for name in names if scenario_of(name).plant is None)
+    return tuple(
+        name for name in names if (found := scenario_of(name)).plant is None and found.backend.platform == "cpu"
+    )
 
 
 def run_honest(name: str) -> Honest:

@@ -14,7 +14,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCENARIOS = sorted(Path("scenarios").glob("*.yaml"))
+# The audit's examples are as large as what is deployed, and are compiled, not run.
+SCENARIOS = sorted(path for path in Path("scenarios").glob("*.yaml") if not path.stem.startswith("audit-"))
 
 
 def run_json(scenario: Path, hash_seed: int, *options: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tests.sim.scenario_parts import changed, small
 LIBRARY = Path(__file__).parents[2] / "scenarios"
 SHIPPED = sorted(LIBRARY.glob("*.yaml"))
 NAMES = {
+    "audit-llama3-8b",
     "quickstart",
     "chat-poisson",
     "chat-burst",

@@ -20,7 +20,7 @@ from paged_attention.requests import GenerationStepTask, InitialSequenceRequest
 from paged_attention.sampling import SamplingParams
 from paged_attention.scheduler import InferenceScheduler, SchedulingPolicy, release_slot
 from paged_attention.sequences import Flight, Sequence, Untold
-from paged_attention.slots import KEY, NOBODY, POSITION, SLOT, SlotTable
+from paged_attention.slots import NOBODY, SlotTable
 
 
 class Books:
@@ -111,12 +111,12 @@ class Books:
 
     def sequence_of(self, flight: Flight, row: int) -> Sequence | None:
         """Whose row it was, if that sequence is still unfinished."""
-        first = flight.plan.num_rows - flight.columns.shape[1]
+        first = flight.plan.num_rows - len(flight.seated.slots)
         if row < first:
             sequence = flight.prefilling
             return sequence if sequence is not None and self.is_alive(sequence) else None
         sequence = self.sequences.get(int(flight.plan.request[row]))
-        return sequence if sequence is not None and sequence.key == flight.columns[KEY, row - first] else None
+        return sequence if sequence is not None and sequence.key == flight.seated.key[row - first] else None
 
     def admit(self, prefill: InitialSequenceRequest) -> Effect:
         """Start the prefill of the request that the scheduler took from the queue."""
@@ -181,20 +181,21 @@ class Books:
 
     def note_tokens(self, flight: Flight, outcome: StepOutcome) -> None:
         """Take in what a step yielded."""
-        table, slots, positions = self.slots, flight.columns[SLOT], flight.columns[POSITION]
-        tokens = outcome.token[flight.plan.num_rows - len(slots) :]
+        table, seated, sequence = self.slots, flight.seated, flight.prefilling
+        positions, tokens = flight.plan.start, outcome.token
+        if sequence is not None:
+            if flight.plan.samples.item(0) and self.is_alive(sequence):
+                self._note_first_token(sequence, tokens.item(0), bool(outcome.eos.item(0)), outcome.step)
+            positions, tokens = positions[1:], tokens[1:]
+        slots, places = seated.slots, seated.next_place + positions
         newest = slots
-        if self.flights or table.num_changes != flight.num_changes:
+        if self.flights or not table.still_seats(seated):
             # A slot may have changed hands since the step was planned: its tokens belong to who was there then.
-            kept = (table.key[slots] == flight.columns[KEY]).nonzero()[0]
-            slots, positions, tokens = slots[kept], positions[kept], tokens[kept]
+            kept = (table.key[slots] == seated.key).nonzero()[0]
+            slots, places, tokens = slots[kept], places[kept], tokens[kept]
             newest = slots[table.last_step[slots] == outcome.step]
-        positions = positions + 1
-        table.history[slots, positions] = tokens
+        table.tokens[places] = tokens
         table.token[newest] = tokens if newest is slots else table.history[newest, table.position[newest]]
-        sequence = flight.prefilling
-        if sequence is not None and flight.plan.samples[0] and self.is_alive(sequence):
-            self._note_first_token(sequence, int(outcome.token[0]), bool(outcome.eos[0]), outcome.step)
 
     def _note_first_token(self, sequence: Sequence, token: int, is_eos: bool, step: int) -> None:
         """Take in what a prefill's last chunk yielded, wherever the sequence has got to meanwhile."""

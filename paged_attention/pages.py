@@ -40,7 +40,7 @@ class HBMPageManager:
     @property
     def num_available_pages(self) -> int:
         """How many pages can be allocated now."""
-        return self._available_hbm_pages.qsize()
+        return len(self._available_hbm_pages)
 
     @property
     def free_pages(self) -> list[int]:
@@ -64,7 +64,7 @@ class HBMPageManager:
         """
         if n < 0:
             raise ValueError(f"cannot allocate {n} pages: the number must not be negative")
-        if n > self._available_hbm_pages.qsize():
+        if n > len(self._available_hbm_pages):
             return []
         pages = self._available_hbm_pages.take(n)
         self._owned.update(pages)
@@ -82,13 +82,13 @@ class HBMPageManager:
 
         ValueError: a page is out of range, not owned by anybody, or named twice; nothing changes then.
         """
-        returned = [page for page in pages if page != DUMMY_PAGE]
+        returned = [page for page in pages if page != DUMMY_PAGE] if DUMMY_PAGE in pages else pages
         if not (self._owned.issuperset(returned) and len(set(returned)) == len(returned)):
             self._refuse(returned)
         self._owned.difference_update(returned)
         self._available_hbm_pages.extend(returned)
 
-    def _refuse(self, pages: list[int]) -> NoReturn:
+    def _refuse(self, pages: Sequence[int]) -> NoReturn:
         last = self._metadata.num_pages_per_layer - 1
         for page in pages:
             if not 0 < page <= last:

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 from paged_attention.books import Books
-from paged_attention.plan import Effect
+from paged_attention.plan import Effect, StepPlan
 from paged_attention.requests import NextIterationPlan
-from paged_attention.rows import make_plan
+from paged_attention.rows import decode_rows, mixed_rows
 from paged_attention.scheduler import resume_slot, stop_slot
 from paged_attention.sequences import Flight, Sequence, Untold, grant
 from paged_attention.slots import NOBODY
+
+
+def next_step(books: Books, step: int) -> StepPlan | None:
+    """Plan the next step, and count its rows as run; None where nothing can run now.
+
+    NotImplementedError: decodes are short of pages and the policy's preemption is "none"; nothing changed.
+    """
+    scheduler, prefilling = books.scheduler, books.prefilling
+    waits = scheduler.decode_wait, scheduler.prefill_wait
+    active = None if prefilling is None else prefilling.prefill
+    native = scheduler.create_plan(active, books.batch, may_preempt=not books.flights)
+    if native is None:
+        return None
+    effects = tuple(take_in(books, native))
+    untold, slots = books.untold, books.slots
+    if untold.releases or untold.joins or untold.pages:
+        _tell(books, native)
+    seated = slots.seated if native.schedule_decodes else slots.nobody
+    last_steps = slots.last_step.take(seated.slots)
+    prefilling, before = None, NOBODY
+    if native.schedule_prefill:
+        prefilling = books.prefilling
+        assert prefilling is not None
+        before = prefilling.last_step
+        plan = mixed_rows(step, slots, seated, prefilling, books.prefill_chunk, effects, native)
+    else:
+        plan = decode_rows(step, slots, seated, effects, native)
+    last_rows = _count_decodes(books, step) if native.schedule_decodes else []
+    if prefilling is not None and _count_prefill(books, step, prefilling, plan.count.item(0)):
+        last_rows.append(prefilling)
+    if last_rows:
+        books.spent += last_rows
+    books.flights.append(Flight(plan, native, seated, last_steps, prefilling, before, last_rows, waits))
+    return plan
 
 
 def take_in(books: Books, native: NextIterationPlan) -> list[Effect]:
@@ -17,10 +51,12 @@ def take_in(books: Books, native: NextIterationPlan) -> list[Effect]:
     for request in native.preempted:
         effects += books.preempt(books.sequences[int(request)])
     for update in native.decodes_state_page_updates:
-        sequence = books.in_slot[update.slot]
+        slot, first_page, page = update.slot, update.page_idx, update.mapped_idx
+        sequence = books.in_slot[slot]
         assert sequence is not None
-        books.slots.num_pages[update.slot] += 1
-        effects.append(grant(sequence, [update.mapped_idx]))
+        books.slots.grew(slot, first_page + 1)
+        sequence.pages.append(page)
+        effects.append(Effect("allocated", sequence.request.id, sequence.admission, NOBODY, first_page, (page,)))
     for task in native.new_decodes_requests:
         sequence = books.sequences[int(task.id)]
         effects.append(books.join(sequence, task))
@@ -35,26 +71,8 @@ def take_in(books: Books, native: NextIterationPlan) -> list[Effect]:
     return effects
 
 
-def dispatch(
-    books: Books, step: int, native: NextIterationPlan, effects: tuple[Effect, ...], waits: tuple[int, int]
-) -> Flight:
-    """Make the plan's rows, and count them as run."""
-    _tell(books, native)
-    prefilling = books.prefilling if native.schedule_prefill else None
-    plan, columns = make_plan(step, books.slots, prefilling, books.prefill_chunk, effects, native)
-    before, last_rows = NOBODY, _count_decodes(books, step) if native.schedule_decodes else []
-    if prefilling:
-        columns, before = columns[:, 1:], prefilling.last_step
-        if _count_prefill(books, step, prefilling, plan.count.item(0)):
-            last_rows.append(prefilling)
-    books.spent += last_rows
-    return Flight(plan, native, columns, books.slots.num_changes, prefilling, before, last_rows, waits)
-
-
 def _tell(books: Books, native: NextIterationPlan) -> None:
     """Add to a plan, which nobody else has seen yet, what the device has not been told before."""
-    if not books.untold:
-        return
     untold, books.untold = books.untold, Untold()
     key, token = books.slots.key, books.slots.token
     native.released_slots[:0] = untold.releases
@@ -107,7 +125,9 @@ def take_back(books: Books, flight: Flight) -> None:
 def _uncount_decodes(books: Books, flight: Flight) -> None:
     if not flight.native.schedule_decodes:
         return
-    books.slots.restore(flight.columns)
+    plan, num_decodes = flight.plan, len(flight.seated.slots)
+    first, first_token = plan.num_rows - num_decodes, plan.num_tokens - num_decodes
+    books.slots.restore(flight.seated, plan.start[first:], plan.tokens[first_token:], flight.last_steps)
     for sequence in flight.last_rows:
         if sequence.slot != NOBODY:
             assert sequence.task is not None

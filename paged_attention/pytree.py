@@ -14,7 +14,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from itertools import repeat, starmap
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -24,26 +25,23 @@ from paged_attention.arrays import is_jax_array
 Item = TypeVar("Item")
 
 
-class Fifo(Generic[Item]):
+class Fifo(deque[Item]):
     """A queue with the methods of `queue.SimpleQueue` that can also be read without change, and copied.
 
-    Nothing blocks: taking from an empty one raises `queue.Empty` at once.
+    Nothing blocks: taking from an empty one raises `queue.Empty` at once. True where there is an item.
     """
-
-    def __init__(self, items: Iterable[Item] = ()) -> None:
-        self._items = deque(items)
 
     def put(self, item: Item) -> None:
         """Add an item at the tail."""
-        self._items.append(item)
+        self.append(item)
 
     def put_nowait(self, item: Item) -> None:
         """Add an item at the tail."""
-        self._items.append(item)
+        self.append(item)
 
     def put_first(self, item: Item) -> None:
         """Add an item at the head."""
-        self._items.appendleft(item)
+        self.appendleft(item)
 
     def get(self) -> Item:
         """Take the item at the head. queue.Empty: there is none."""
@@ -51,54 +49,37 @@ class Fifo(Generic[Item]):
 
     def get_nowait(self) -> Item:
         """Take the item at the head. queue.Empty: there is none."""
-        if not self._items:
+        if not self:
             raise queue.Empty
-        return self._items.popleft()
-
-    def extend(self, items: Iterable[Item]) -> None:
-        """Add items at the tail, in their order."""
-        self._items.extend(items)
+        return self.popleft()
 
     def take(self, count: int) -> list[Item]:
         """Take the first `count` items. queue.Empty: there are fewer, and nothing was taken."""
-        if count > len(self._items):
+        if count > len(self):
             raise queue.Empty
-        return [self._items.popleft() for _ in range(count)]
+        return list(starmap(self.popleft, repeat((), count)))
 
     def peek(self) -> Item:
         """The item at the head, which stays. queue.Empty: there is none."""
-        if not self._items:
+        if not self:
             raise queue.Empty
-        return self._items[0]
+        return self[0]
 
     def remove(self, item: Item) -> None:
         """Take out that very item (by identity, else by equality). ValueError: it is not in the queue."""
-        for index, candidate in enumerate(self._items):
+        for index, candidate in enumerate(self):
             if candidate is item:
-                del self._items[index]
+                del self[index]
                 return
-        self._items.remove(item)
+        super().remove(item)
 
     def empty(self) -> bool:
         """Whether there is no item."""
-        return not self._items
+        return not self
 
     def qsize(self) -> int:
         """How many items there are."""
-        return len(self._items)
-
-    def copy(self) -> Fifo[Item]:
-        """Another queue of the same items."""
-        return Fifo(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self._items)
-
-    def __repr__(self) -> str:
-        return f"Fifo({list(self._items)!r})"
+        return len(self)
 
 
 class Tree:

@@ -84,7 +84,9 @@ class InitialSequenceRequest(SerializableTree):
         largest = metadata.max_sequences if max_prefill_length is None else max_prefill_length
         length = len(prompt_token_ids)
         _refuse(id, length, largest, metadata.max_sequences, chunk_size)
-        padded = min(bucket for bucket in [*(prefill_lengths or []), largest] if bucket >= length)
+        padded = (
+            min(bucket for bucket in (*prefill_lengths, largest) if bucket >= length) if prefill_lengths else largest
+        )
         padded = -(-padded // chunk_size) * chunk_size
         tokens = np.full(padded, PADDING_TOKEN, np.int32)
         tokens[:length] = prompt_token_ids
@@ -104,7 +106,7 @@ class InitialSequenceRequest(SerializableTree):
             token_ids=token_ids,
             positions=positions,
             page_indices=page_indices,
-            sampling_params=SamplingParams(**dict(zip(names, scalars, strict=True))),
+            sampling_params=SamplingParams(*scalars),
             id=id,
             chunk_idx=0,
             chunk_size=chunk_size,
@@ -212,7 +214,7 @@ class GenerationStepTask(SerializableTree):
         return GenerationStepTask(self.id, self.slot, self.position, pages, token, params, self.order)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SlotPageAssignment(SerializableTree):
     """The page `mapped_idx` becomes logical page `page_idx` of the sequence in `slot`."""
 
@@ -223,7 +225,7 @@ class SlotPageAssignment(SerializableTree):
     mapped_idx: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class AllocatedPrefillPages(SerializableTree):
     """The pages newly given to a prefill, in logical order."""
 
@@ -232,7 +234,7 @@ class AllocatedPrefillPages(SerializableTree):
     page_indices: list[int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NextIterationPlan(SerializableTree):
     """What the next step runs, and what the device must be told first.
 

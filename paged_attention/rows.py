@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Int32
 
-from paged_attention.plan import Effect, StepPlan
+from paged_attention.plan import UNKNOWN_TOKEN, Effect, StepPlan
 from paged_attention.requests import NextIterationPlan
 from paged_attention.sequences import Sequence
-from paged_attention.slots import NOBODY, NUM_ROW_COLUMNS, TOKEN, SlotTable
+from paged_attention.slots import NOBODY, NUM_ROW_COLUMNS, TOKEN, Seated, SlotTable
 
 
-def make_plan(
+def decode_rows(
+    step: int, table: SlotTable, seated: Seated, effects: tuple[Effect, ...], native: NextIterationPlan
+) -> StepPlan:
+    """Make a plan of the seated alone; columns that have not changed are those of the plan before."""
+    _, slots, request, admission, slot, ones, _, _ = seated
+    start, tokens = table.position.take(slots), table.token.take(slots)
+    start.flags.writeable = tokens.flags.writeable = False
+    num_pages, pages = table.tables(seated)
+    return StepPlan(step, request, admission, slot, start, ones, ones, tokens, num_pages, pages, effects, native)
+
+
+def mixed_rows(
     step: int,
     table: SlotTable,
-    prefill: Sequence | None,
+    seated: Seated,
+    prefill: Sequence,
     chunk: int,
     effects: tuple[Effect, ...],
     native: NextIterationPlan,
-) -> tuple[StepPlan, Int32[np.ndarray, "11 rows"]]:
-    """Make a plan of every running slot, where decodes are scheduled, behind one prefill row where there is one.
-
-    Also returned: the columns of its rows, as the table has them now.
-    """
-    fed = None
-    if prefill is not None:
-        start = prefill.fed
-        count = min(chunk, prefill.num_fed_tokens - start)
-        samples = int(start + count == prefill.num_fed_tokens)
-        num_pages = len(prefill.pages)
-        table.columns[:NUM_ROW_COLUMNS, -1] = (
-            prefill.request.id, prefill.admission, NOBODY, start, count, samples, num_pages, 0
-        )  # fmt: skip
-        table.pages[-1] = native.prefill_request.page_indices
-        fed = prefill.prefill.token_ids[start : start + count]
-    lanes = table.lanes(prefill=fed is not None, decodes=native.schedule_decodes)
-    columns, pages = table.columns.take(lanes, axis=1), table.pages.take(lanes, axis=0)
-    tokens = columns[TOKEN] if fed is None else np.concatenate((fed, columns[TOKEN, 1:]))
+) -> StepPlan:
+    """Make a plan of the next chunk of a prefill and of the seated."""
+    start, total = prefill.fed, prefill.num_fed_tokens
+    count = min(chunk, total - start)
+    samples = int(start + count == total)
+    num_pages = len(prefill.pages)
+    table.columns[:NUM_ROW_COLUMNS, -1] = (
+        prefill.request.id, prefill.admission, NOBODY, count, samples, start, UNKNOWN_TOKEN, num_pages
+    )  # fmt: skip
+    table.pages[-1] = native.prefill_request.page_indices
+    columns, pages = table.columns[:NUM_ROW_COLUMNS].take(seated.lanes, axis=1), table.pages.take(seated.lanes, axis=0)
+    tokens = np.concatenate((prefill.prefill.token_ids[start : start + count], columns[TOKEN, 1:]))
     for array in (columns, tokens, pages):
         array.flags.writeable = False
-    request, admission, slot, starts, counts, sampled, sizes, _ = columns[:NUM_ROW_COLUMNS]
-    plan = StepPlan(step, request, admission, slot, starts, counts, sampled, tokens, sizes, pages, effects, native)
-    return plan, columns
+    request, admission, slot, counts, sampled, starts, _, sizes = columns
+    return StepPlan(step, request, admission, slot, starts, counts, sampled, tokens, sizes, pages, effects, native)

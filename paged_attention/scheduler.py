@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from paged_attention.batch import ActiveSequenceBatch
 from paged_attention.pages import HBMPageManager
@@ -53,17 +53,16 @@ Holder = GenerationStepTask | InitialSequenceRequest
 """Somebody who holds pages: a running or queued decode, or the active prefill."""
 
 
-@dataclass(slots=True)
 class _Draft:
-    """What a step would do; made by reading only."""
+    """What a step would do, made by reading only; nothing, where nothing is set."""
 
     run_decodes: bool = False
-    growing_slots: list[int] = field(default_factory=list)
+    growing_slots: Sequence[int] = ()
     num_joins: int = 0
     prefill: InitialSequenceRequest | None = None
     prefill_is_new: bool = False
     num_prefill_pages: int = 0
-    victims: list[Holder] = field(default_factory=list)
+    victims: Sequence[Holder] = ()
     decodes_wait: bool = False
     """Decodes that could run are left out for the prefill."""
     prefill_waits: bool = False
@@ -89,6 +88,7 @@ class InferenceScheduler:
         """Steps in a row in which decodes that could run were left out for a prefill."""
         self.prefill_wait = 0
         """Steps in a row in which a prefill that could run was left out for decodes."""
+        self._page_size = manager.page_size
         self._no_prefill = InitialSequenceRequest.init_empty()
         self._seen: ActiveSequenceBatch | None = None
         self._capacity = np.zeros(self.batch_size, np.int32)
@@ -133,11 +133,11 @@ class InferenceScheduler:
     def _draft(
         self, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, may_preempt: bool
     ) -> _Draft | None:
-        free = self.manager.num_available_pages
-        if self.policy.mix == "prefill_first" and self.decode_wait < self.policy.max_decode_wait:
+        free, mix = self.manager.num_available_pages, self.policy.mix
+        if mix == "prefill_first" and self.decode_wait < self.policy.max_decode_wait:
             draft = self._draft_prefill(_Draft(), active, batch, free)
             if draft.prefill is not None:
-                draft.decodes_wait = not self.decodes_queue.empty() or bool(_map(batch))
+                draft.decodes_wait = bool(self.decodes_queue or _map(batch))
                 return draft
         draft = self._draft_decodes(active, batch, free, may_preempt)
         if draft is None or draft.victims:
@@ -145,26 +145,26 @@ class InferenceScheduler:
         free -= len(draft.growing_slots)
         if draft.num_joins:
             free -= sum(map(self._lacks_page, self._first_tasks(draft.num_joins)))
-        self._draft_prefill(draft, active, batch, free)
-        first = self.policy.mix == "decode_first" and self.prefill_wait < self.policy.max_prefill_wait
-        if first and draft.run_decodes and draft.prefill is not None:
-            draft.prefill, draft.prefill_waits = None, True
+        if active is not None or self.prefill_queue:
+            self._draft_prefill(draft, active, batch, free)
+            first = mix == "decode_first" and self.prefill_wait < self.policy.max_prefill_wait
+            if first and draft.run_decodes and draft.prefill is not None:
+                draft.prefill, draft.prefill_waits = None, True
         return draft
 
     def _draft_decodes(
         self, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, free: int, may_preempt: bool
     ) -> _Draft | None:
-        draft = _Draft(growing_slots=self._growing_slots(batch))
+        draft = _Draft()
+        draft.growing_slots = self._growing_slots(batch)
+        draft.run_decodes = bool(batch.active_slot_requests_map)
         spare = free - len(draft.growing_slots)
-        any_running = bool(_map(batch))
         if spare >= 0:
-            draft.num_joins = self._num_joins(batch, spare)
-        stuck = (
-            not any_running and draft.num_joins == 0 and not self.decodes_queue.empty() and not _slots(batch).empty()
-        )
-        draft.run_decodes = any_running or draft.num_joins > 0
-        if spare >= 0 and not stuck:
-            return draft
+            if self.decodes_queue:
+                draft.num_joins = self._num_joins(batch, spare)
+                draft.run_decodes = draft.run_decodes or draft.num_joins > 0
+            if draft.run_decodes or not self.decodes_queue or not _slots(batch):
+                return draft
         if not may_preempt:
             return None
         if self.policy.preemption == "none":
@@ -177,15 +177,16 @@ class InferenceScheduler:
 
     def _draft_preemption(self, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, free: int) -> _Draft:
         """Choose the newest holders, one by one, until the decodes that are left have the pages they need."""
-        draft = _Draft(run_decodes=True, growing_slots=self._growing_slots(batch))
-        growing = set(draft.growing_slots)
+        draft = _Draft()
+        draft.run_decodes, draft.victims = True, (victims := [])
+        growing = set(self._growing_slots(batch))
         running = [task for _, task in sorted(_map(batch).items())]
         queued = list(self.decodes_queue)
         holders: list[Holder] = [*running, *queued]
         if active is not None:
             holders.append(active)
         for victim in sorted(holders, key=_order, reverse=True):
-            draft.victims.append(victim)
+            victims.append(victim)
             free += len(_pages_of(victim))
             if isinstance(victim, GenerationStepTask):
                 (running if victim in running else queued).remove(victim)
@@ -205,7 +206,7 @@ class InferenceScheduler:
         if batch is not self._seen:
             self._seen = batch
             self._capacity = np.count_nonzero(batch.page_table, axis=1).astype(np.int32) * self.manager.page_size
-        positions = cast("NDArray[np.int32]", batch.positions)
+        positions: Any = batch.positions
         return (self._capacity <= positions).nonzero()[0].tolist()
 
     def _first_tasks(self, count: int) -> list[GenerationStepTask]:
@@ -216,8 +217,6 @@ class InferenceScheduler:
 
     def _num_joins(self, batch: ActiveSequenceBatch, spare: int) -> int:
         """How many queued decodes, first come first served, find a slot and the page that they may need."""
-        if self.decodes_queue.empty():
-            return 0
         joins = 0
         for task in self._first_tasks(_slots(batch).qsize()):
             spare -= self._lacks_page(task)
@@ -234,7 +233,7 @@ class InferenceScheduler:
             missing = self._chunk_pages(active) - int(np.count_nonzero(active.page_indices))
             if missing <= free:
                 draft.prefill, draft.num_prefill_pages = active, missing
-        elif not self.prefill_queue.empty() and _slots(batch).qsize() > self.decodes_queue.qsize():
+        elif self.prefill_queue and len(_slots(batch)) > len(self.decodes_queue):
             head = self.prefill_queue.peek()
             if self.manager.pages_for(_num_prompt_tokens(head)) <= free:
                 draft.prefill, draft.prefill_is_new, draft.num_prefill_pages = head, True, self._chunk_pages(head)
@@ -264,18 +263,10 @@ class InferenceScheduler:
             first = np.count_nonzero(request.page_indices)
             request.page_indices[first : first + len(pages)] = pages
             prefill, new_pages = request.as_planned(), AllocatedPrefillPages(pages)
-        return NextIterationPlan(
-            prefill_request=prefill,
-            schedule_prefill=draft.prefill is not None,
-            schedule_decodes=draft.run_decodes,
-            prefill_pages_update=new_pages,
-            new_decodes_requests=joined,
-            decodes_state_page_updates=updates,
-            preempted=preempted,
-            released_slots=released,
-        )
+        runs = draft.prefill is not None, draft.run_decodes
+        return NextIterationPlan(prefill, *runs, new_pages, joined, updates, preempted, released)
 
-    def _evict(self, victims: list[Holder], batch: ActiveSequenceBatch) -> tuple[list[str | int], list[int]]:
+    def _evict(self, victims: Sequence[Holder], batch: ActiveSequenceBatch) -> tuple[list[str | int], list[int]]:
         """Take the pages and slots of the victims; return their ids and the slots, newest victim first."""
         slots: list[int] = []
         for victim in victims:
@@ -288,8 +279,8 @@ class InferenceScheduler:
             self.manager.free_hbm_pages(_pages_of(victim))
         return [_id(victim) for victim in victims], slots
 
-    def _grow(self, slots: list[int], batch: ActiveSequenceBatch) -> list[SlotPageAssignment]:
-        tasks, page_size = _map(batch), self.manager.page_size
+    def _grow(self, slots: Sequence[int], batch: ActiveSequenceBatch) -> list[SlotPageAssignment]:
+        tasks, page_size = _map(batch), self._page_size
         updates: list[SlotPageAssignment] = []
         for slot, page in zip(slots, self.manager.alloc_hbm_pages(len(slots)), strict=True):
             held = tasks[slot].page_indices

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-from jaxtyping import Int32
-
 from paged_attention.metadata import PagedAttentionCacheMetaData
-from paged_attention.plan import Effect, Request, StepPlan
+from paged_attention.plan import Effect, Ints, Request, StepPlan
 from paged_attention.requests import GenerationStepTask, InitialSequenceRequest, NextIterationPlan, SlotPageAssignment
-from paged_attention.slots import NOBODY
+from paged_attention.slots import NOBODY, Seated
 
 State = Literal["waiting", "prefill", "joining", "running", "draining"]
 STATES: tuple[State, ...] = ("waiting", "prefill", "joining", "running", "draining")
@@ -59,10 +56,10 @@ class Flight:
 
     plan: StepPlan
     native: NextIterationPlan
-    columns: Int32[np.ndarray, "11 decode_rows"]
-    """The columns of the decode rows as they were before the step."""
-    num_changes: int
-    """Who had come and gone in the slots when the step was planned."""
+    seated: Seated
+    """Its decode rows."""
+    last_steps: Ints
+    """The last_step of each of them before this one."""
     prefilling: Sequence | None
     prefilled_before: int
     """The prefilling sequence's last_step before this one."""
@@ -79,10 +76,6 @@ class Untold:
     joins: list[tuple[int, GenerationStepTask]] = field(default_factory=list[tuple[int, GenerationStepTask]])
     pages: list[tuple[int, SlotPageAssignment]] = field(default_factory=list[tuple[int, SlotPageAssignment]])
     """Joins and pages come with the key of the admission that they are for."""
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to tell."""
-        return bool(self.releases or self.joins or self.pages)
 
 
 def refusal(request: Request, metadata: PagedAttentionCacheMetaData) -> str | None:

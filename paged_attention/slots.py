@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int32
 from numpy.typing import NDArray
 
-from paged_attention.plan import UNKNOWN_TOKEN
+from paged_attention.plan import UNKNOWN_TOKEN, Ints
 
 NOBODY = -1
 NEVER = 2**31 - 1
 """A turn that does not come."""
 
-# The first eight are the fields of a plan's row, in its order.
-REQUEST, ADMISSION, SLOT, POSITION, COUNT, SAMPLES, NUM_PAGES, TOKEN, KEY, END, LAST_STEP = range(11)
+# The first eight are the fields of a plan's row.
+REQUEST, ADMISSION, SLOT, COUNT, SAMPLES, POSITION, TOKEN, NUM_PAGES, KEY, END, LAST_STEP = range(11)
 NUM_ROW_COLUMNS, NUM_COLUMNS = 8, 11
+
+
+class Seated(NamedTuple):
+    """Who has a token to come, by ascending slot; read-only, and the same object until somebody comes or goes."""
+
+    lanes: NDArray[np.intp]
+    """The prefill's lane, then the slots."""
+    slots: NDArray[np.intp]
+    request: Ints
+    admission: Ints
+    slot: Ints
+    ones: Ints
+    """Tokens that each of them writes and yields in a step."""
+    key: Ints
+    next_place: NDArray[np.intp]
+    """Where each one's token at position 1 stands in `SlotTable.tokens`: that behind position p is p places on."""
 
 
 class SlotTable:
@@ -26,18 +44,18 @@ class SlotTable:
     request     request id                                                                  -1
     admission   admission number                                                            -1
     slot        the slot's own number                                                       the same
-    position    position of the token whose K/V the next step writes; -1: none to come      -1
     count       tokens that a step writes                                                   1
     samples     tokens that a step yields                                                   1
-    num_pages   pages in use                                                                0
+    position    position of the token whose K/V the next step writes; -1: none to come      -1
     token       the token at `position`, UNKNOWN_TOKEN while it is on the device            -1
+    num_pages   pages in use                                                                0
     key         serial number of the admission, unique in this engine                       -1
     end         the turn after which nothing is left to be planned                        NEVER
     last_step   the last step that ran the slot                                             -1
 
-    A turn moves every running slot on by one token. `pages[slot]` is its page list, then dummy pages.
-    `history[slot, p]` is the token at position p, for the positions from where the slot was joined. `num_changes`
-    counts who came and went.
+    A turn moves every seated slot on by one token. `pages[slot]` is its page list, then dummy pages.
+    `history[slot, p]` is the token at position p, for the positions from where the slot was joined; `tokens` is the
+    same array with one axis.
     """
 
     def __init__(self, batch_size: int, max_sequence_length: int, max_num_pages: int) -> None:
@@ -49,16 +67,14 @@ class SlotTable:
         self.pages: Int32[np.ndarray, "lanes pages"] = np.zeros((batch_size + 1, max_num_pages), np.int32)
         # Position max_sequence_length is sampled but never written.
         self.history: Int32[np.ndarray, "slots positions"] = np.zeros((batch_size, max_sequence_length + 1), np.int32)
-        self.num_changes = 0
-        self._advance: Int32[np.ndarray, " slots"] = np.zeros(batch_size, np.int32)
-        self._lanes: NDArray[np.intp] | None = None
         self.turns = 0
+        self._advance: Int32[np.ndarray, " slots"] = np.zeros(batch_size, np.int32)
         self._first_end = NEVER
         """No slot's end comes before this turn."""
         self.bind()
 
     def bind(self) -> None:
-        """Name the slots' columns: views of `columns`, so that a step reads all of them at once."""
+        """Name the slots' columns: views of `columns`, so that a step reads all of them at once; look anew who sits."""
         slots = self.columns[:, :-1]
         self.position: NDArray[np.int32] = slots[POSITION]
         self.num_pages: NDArray[np.int32] = slots[NUM_PAGES]
@@ -66,12 +82,42 @@ class SlotTable:
         self.key: NDArray[np.int32] = slots[KEY]
         self.end: NDArray[np.int32] = slots[END]
         self.last_step: NDArray[np.int32] = slots[LAST_STEP]
+        self.tokens: NDArray[np.int32] = self.history.reshape(-1)
+        self.nobody = self._seats(np.zeros(0, np.intp))
+        self._seated: Seated | None = None
+        self._tables: tuple[Ints, Int32[np.ndarray, "rows pages"]] | None = None
 
-    def lanes(self, *, prefill: bool, decodes: bool) -> NDArray[np.intp]:
-        """The lanes of a step: the prefill's, then the slots with a token to come, ascending."""
-        if self._lanes is None:
-            self._lanes = np.concatenate(([len(self.position)], self.position.__ge__(0).nonzero()[0]))
-        return self._lanes[0 if prefill else 1 : None if decodes else 1]
+    @property
+    def seated(self) -> Seated:
+        """Who has a token to come."""
+        if self._seated is None:
+            self._seated = self._seats((self.position >= 0).nonzero()[0])
+        return self._seated
+
+    def _seats(self, slots: NDArray[np.intp]) -> Seated:
+        lanes = np.concatenate(([len(self.position)], slots))
+        columns = self.columns.take(slots, axis=1)
+        columns.flags.writeable = False
+        request, admission, slot, ones = columns[:SAMPLES]
+        next_place = slots * self.history.shape[1] + 1
+        return Seated(lanes, slots, request, admission, slot, ones, columns[KEY], next_place)
+
+    def still_seats(self, seated: Seated) -> bool:
+        """Whether nobody has come or gone since then."""
+        return self._seated is seated
+
+    def tables(self, seated: Seated) -> tuple[Ints, Int32[np.ndarray, "rows pages"]]:
+        """Page counts and page lists of the seated; the same arrays until one of them changes."""
+        if self._tables is None:
+            num_pages, pages = self.num_pages.take(seated.slots), self.pages.take(seated.slots, axis=0)
+            num_pages.flags.writeable = pages.flags.writeable = False
+            self._tables = num_pages, pages
+        return self._tables
+
+    def grew(self, slot: int, num_pages: int) -> None:
+        """Count the pages of a slot anew: its page list has changed."""
+        self.num_pages[slot] = num_pages
+        self._tables = None
 
     def join(
         self,
@@ -87,13 +133,13 @@ class SlotTable:
     ) -> None:
         """Seat an admission in a free slot; `remaining` of its tokens are still to be planned."""
         end = self.turns + remaining
-        self.columns[:, slot] = (request, admission, slot, position, 1, 1, num_pages, token, key, end, last_step)
+        self.columns[:, slot] = (request, admission, slot, 1, 1, position, token, num_pages, key, end, last_step)
         self.history[slot, position] = token
         self._first_end = min(self._first_end, end)
         self._change(slot, advance=1)
 
     def remaining(self, slot: int) -> int:
-        """How many tokens of a running slot are still to be planned."""
+        """How many tokens of a seated slot are still to be planned."""
         return self.end.item(slot) - self.turns
 
     def stop(self, slot: int) -> None:
@@ -103,16 +149,15 @@ class SlotTable:
 
     def clear(self, slot: int) -> None:
         """Make a slot nobody's."""
-        self.columns[:, slot] = NOBODY, NOBODY, slot, NOBODY, 1, 1, 0, UNKNOWN_TOKEN, NOBODY, NEVER, NOBODY
+        self.columns[:, slot] = NOBODY, NOBODY, slot, 1, 1, NOBODY, UNKNOWN_TOKEN, 0, NOBODY, NEVER, NOBODY
         self._change(slot, advance=0)
 
     def _change(self, slot: int, advance: int) -> None:
         self._advance[slot] = advance
-        self._lanes = None
-        self.num_changes += 1
+        self._seated = self._tables = None
 
     def advance(self, step: int) -> list[int]:
-        """Move every running slot on by one token; stop and return the slots that have none to come."""
+        """Move every seated slot on by one token; stop and return the slots that have none to come."""
         self.position += self._advance
         self.token.fill(UNKNOWN_TOKEN)
         self.last_step.fill(step)
@@ -125,12 +170,13 @@ class SlotTable:
         self._first_end = int(self.end.min())
         return spent
 
-    def restore(self, columns: Int32[np.ndarray, "11 rows"]) -> None:
-        """Put back what `columns` were before an `advance`, for the slots that have not changed hands since."""
-        columns = columns[:, self.key[columns[SLOT]] == columns[KEY]]
-        self.columns[:, columns[SLOT]] = columns
-        self._advance[columns[SLOT]] = 1
+    def restore(self, seated: Seated, position: Ints, token: Ints, last_step: Ints) -> None:
+        """Put back what was before an `advance`, for the slots that have not changed hands since."""
+        same = (self.key[seated.slots] == seated.key).nonzero()[0]
+        slots = seated.slots[same]
+        self.position[slots], self.token[slots], self.last_step[slots] = position[same], token[same], last_step[same]
+        self.end[slots[self.end[slots] == NEVER]] = self.turns
+        self._advance[slots] = 1
         self.turns -= 1
         self._first_end = self.turns
-        self._lanes = None
-        self.num_changes += 1
+        self._seated = self._tables = None

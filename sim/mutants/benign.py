@@ -34,7 +34,7 @@ MUTANTS: tuple[Mutant, ...] = (
             Edit(
                 f"{_MANAGER}.alloc_hbm_pages",
                 "self._available_hbm_pages.take(n)",
-                "[self._available_hbm_pages._items.pop() for _ in range(n)]",
+                "[self._available_hbm_pages.pop() for _ in range(n)]",
             ),
             Edit(
                 f"{_MANAGER}.__init__",

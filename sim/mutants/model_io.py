@@ -17,17 +17,13 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 _NOTE,
-                "flight.columns[SLOT], flight.columns[POSITION]",
-                "flight.columns[SLOT], flight.columns[POSITION]\n"
-                "    slots = (self.flights[0].columns[SLOT] if self.flights else slots)[: len(slots)]\n"
-                "    positions = positions[: len(slots)]",
+                "slots, places = seated.slots, seated.next_place + positions",
+                "after = self.flights[0].seated if self.flights else seated\n"
+                "    slots = after.slots[: len(tokens)]\n"
+                "    tokens = tokens[: len(slots)]\n"
+                "    places = after.next_place[: len(slots)] + positions[: len(slots)]",
             ),
-            Edit(
-                _NOTE,
-                "flight.plan.num_rows - len(slots) :]",
-                "flight.plan.num_rows - flight.columns.shape[1] :][: len(slots)]",
-            ),
-            Edit(_NOTE, "(table.key[slots] == flight.columns[KEY])", "(table.key[slots] >= 0)"),
+            Edit(_NOTE, "(table.key[slots] == seated.key)", "(table.key[slots] >= 0)"),
         ),
         driver="host-prefill-first",
     ),

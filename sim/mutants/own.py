@@ -55,7 +55,13 @@ PAGES: tuple[Mutant, ...] = (
         "KP05",
         "Whoever is seated does not run until the next change in the slots: the list of running slots is stale.",
         ("S12", "S11"),
-        edits=(Edit(f"{_SLOTS}._change", "self._lanes = None", "self._lanes = self._lanes if advance else None"),),
+        edits=(
+            Edit(
+                f"{_SLOTS}._change",
+                "self._seated = self._tables",
+                "self._seated = self._seated if advance else None\n    self._tables",
+            ),
+        ),
     ),
     Mutant(
         "KP06",
@@ -161,8 +167,8 @@ PAGES: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SLOTS}.clear",
-                "NOBODY, NOBODY, slot, NOBODY, 1, 1, 0,",
-                "NOBODY, NOBODY, slot, max(self.position[slot], NOBODY), 1, 1, 0,",
+                "NOBODY, NOBODY, slot, 1, 1, NOBODY,",
+                "NOBODY, NOBODY, slot, 1, 1, max(self.position[slot], NOBODY),",
             ),
             Edit("paged_attention.scheduler:release_slot", "batch.positions[slot] = -1", "pass"),
         ),

@@ -12,7 +12,7 @@ _BOOKS: Final = "paged_attention.books:Books"
 _ENGINE: Final = "paged_attention.engine:PagedAttentionEngine"
 _PLANNING: Final = "paged_attention.planning"
 _SLOTS: Final = "paged_attention.slots:SlotTable"
-_MAKE_PLAN: Final = "paged_attention.rows:make_plan"
+_ROWS: Final = "paged_attention.rows:mixed_rows"
 _REFUSAL: Final = "paged_attention.sequences:refusal"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -48,8 +48,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_ENGINE}.apply",
-                "outcome.eos.nonzero()[0].tolist() if",
-                "outcome.eos.nonzero()[0].tolist()[:1] if",
+                "outcome.eos.nonzero()[0].tolist()",
+                "outcome.eos.nonzero()[0].tolist()[:1]",
             ),
         ),
     ),
@@ -140,8 +140,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SLOTS}._change",
-                "self._lanes = None",
-                "self._lanes = None if advance else self._lanes",
+                "self._seated = self._tables",
+                "self._seated = None if advance else self._seated\n    self._tables",
             ),
         ),
     ),
@@ -151,9 +151,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("T1",),
         edits=(
             Edit(
-                _MAKE_PLAN,
-                "table.pages.take(lanes, axis=0)",
-                "table.pages.take(np.arange(len(lanes)) - (fed is not None), axis=0)",
+                f"{_SLOTS}.tables",
+                "self.pages.take(seated.slots, axis=0)",
+                "self.pages.take(np.arange(len(seated.slots)), axis=0)",
+            ),
+            Edit(
+                _ROWS,
+                "table.pages.take(seated.lanes, axis=0)",
+                "table.pages.take(np.arange(len(seated.lanes)) - 1, axis=0)",
             ),
         ),
     ),
@@ -241,7 +246,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "Two errors that cancel out at lag 0: tokens are noted one place early in the history, and read from there.",
         ("S3",),
         edits=(
-            Edit(f"{_BOOKS}.note_tokens", "positions = positions + 1", "positions = positions + 0"),
+            Edit(f"{_SLOTS}._seats", "self.history.shape[1] + 1", "self.history.shape[1]"),
             Edit(f"{_BOOKS}.preempt", "first = sequence.num_fed_tokens + 1", "first = sequence.num_fed_tokens"),
             Edit(
                 f"{_BOOKS}._note_first_token",
@@ -292,9 +297,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ("L1",),
         edits=(
             Edit(
-                _MAKE_PLAN,
-                "count = min(chunk, prefill.num_fed_tokens - start)",
-                "count = min(max(1, chunk - 1), prefill.num_fed_tokens - start)",
+                _ROWS,
+                "count = min(chunk, total - start)",
+                "count = min(max(1, chunk - 1), total - start)",
             ),
             Edit(
                 f"{_SCHEDULER}._chunk_pages",

@@ -11,8 +11,8 @@ _SCHEDULER: Final = "paged_attention.scheduler:InferenceScheduler"
 _BOOKS: Final = "paged_attention.books:Books"
 _ENGINE: Final = "paged_attention.engine:PagedAttentionEngine"
 _PLANNING: Final = "paged_attention.planning"
-_MAKE_PLAN: Final = "paged_attention.rows:make_plan"
-_CHUNK: Final = "count = min(chunk, prefill.num_fed_tokens - start)"
+_ROWS: Final = "paged_attention.rows:mixed_rows"
+_CHUNK: Final = "count = min(chunk, total - start)"
 _ROOM: Final = "len(prefilling.pages) * books.metadata.page_size - prefilling.fed"
 _REQUEUE: Final = "self.scheduler.requeue_prefill_request(sequence.prefill)"
 _BACK_TO_QUEUE: Final = 'sequence.state, sequence.slot, sequence.task, sequence.pages = "waiting", NOBODY, None, []'
@@ -63,7 +63,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "MS01",
         "A prefill chunk takes one token more than the budget of a step.",
         ("S1",),
-        edits=(Edit(_MAKE_PLAN, _CHUNK, "count = min(chunk + 1, prefill.num_fed_tokens - start)"),),
+        edits=(Edit(_ROWS, _CHUNK, "count = min(chunk + 1, total - start)"),),
     ),
     Mutant(
         "MS02",
@@ -193,11 +193,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "The last chunk of a prompt is not cut to what is left of it.",
         ("S4",),
         edits=(
-            Edit(_MAKE_PLAN, _CHUNK, "count = chunk"),
+            Edit(_ROWS, _CHUNK, "count = chunk"),
             Edit(
-                _MAKE_PLAN,
-                "samples = int(start + count == prefill.num_fed_tokens)",
-                "samples = int(start + count >= prefill.num_fed_tokens)",
+                _ROWS,
+                "samples = int(start + count == total)",
+                "samples = int(start + count >= total)",
             ),
         ),
     ),
@@ -207,9 +207,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ("S3",),
         edits=(
             Edit(
-                _MAKE_PLAN,
-                "samples = int(start + count == prefill.num_fed_tokens)",
-                "samples = int(start + count == prefill.num_fed_tokens and count < chunk)",
+                _ROWS,
+                "samples = int(start + count == total)",
+                "samples = int(start + count == total and count < chunk)",
             ),
         ),
     ),
@@ -224,9 +224,9 @@ MUTANTS: tuple[Mutant, ...] = (
                 "missing = missing if missing <= free else 0\n        if active:",
             ),
             Edit(
-                f"{_PLANNING}:dispatch",
+                f"{_PLANNING}:next_step",
                 "books.prefill_chunk",
-                f"min(books.prefill_chunk, {_ROOM} if prefilling else 0)",
+                f"min(books.prefill_chunk, {_ROOM})",
             ),
         ),
     ),
@@ -302,7 +302,7 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SCHEDULER}._draft_prefill",
-                "elif not self.prefill_queue.empty() and",
+                "elif self.prefill_queue and",
                 "elif self.prefill_queue.qsize() > (not draft.run_decodes) and",
             ),
         ),
@@ -311,7 +311,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "MS31",
         "An abandoned step leaves the decodes' counts advanced.",
         ("S2",),
-        edits=(Edit(f"{_PLANNING}:_uncount_decodes", "books.slots.restore(flight.columns)", "pass"),),
+        edits=(Edit(f"{_PLANNING}:_uncount_decodes", "books.slots.restore(", "_ = ("),),
     ),
     Mutant(
         "MS32",

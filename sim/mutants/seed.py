@@ -16,7 +16,7 @@ _BOOKS: Final = "paged_attention.books:Books"
 _ENGINE: Final = "paged_attention.engine:PagedAttentionEngine"
 _METADATA: Final = "paged_attention.metadata:PagedAttentionCacheMetaData"
 _MODEL_IO: Final = "paged_attention.model_io"
-_MAKE_PLAN: Final = "paged_attention.rows:make_plan"
+_ROWS: Final = "paged_attention.rows:mixed_rows"
 _REFUSAL: Final = "paged_attention.sequences:refusal"
 _LIMIT: Final = "min(request.max_tokens, self.metadata.max_sequences - len(request.prompt) + 1)"
 
@@ -31,13 +31,13 @@ count = draft.num_prefill_pages
         del pages[count:]"""
 
 _TOKEN_BY_SLOT: Final = """\
-mine = (table.last_step[slots] == outcome.step) | (table.key[slots] != flight.columns[KEY, kept])
+mine = (table.last_step[slots] == outcome.step) | (table.key[slots] != seated.key[kept])
         newest = slots[mine]"""
 
 _END_BY_SLOT: Final = """\
-first = flight.plan.num_rows - flight.columns.shape[1]
+first = flight.plan.num_rows - len(flight.seated.slots)
     if row >= first:
-        return self.in_slot[flight.columns[SLOT, row - first]]"""
+        return self.in_slot[flight.seated.slots[row - first]]"""
 
 _FIRST_SHAPE_WINS: Final = """\
 return _parts(vars(_parts).setdefault(self.batch_size, self))"""
@@ -76,8 +76,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("S3",),
         edits=(
             Edit(
-                _MAKE_PLAN,
-                "samples = int(start + count == prefill.num_fed_tokens)",
+                _ROWS,
+                "samples = int(start + count == total)",
                 "samples = int(start == 0)",
             ),
         ),
@@ -106,10 +106,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "What a step yielded is applied to whoever sits in the slot now: its token, and its end.",
         ("S3", "O3"),
         edits=(
-            Edit(f"{_BOOKS}.sequence_of", "first = flight.plan.num_rows - flight.columns.shape[1]", _END_BY_SLOT),
+            Edit(f"{_BOOKS}.sequence_of", "first = flight.plan.num_rows - len(flight.seated.slots)", _END_BY_SLOT),
             Edit(
                 f"{_BOOKS}.note_tokens",
-                "kept = (table.key[slots] == flight.columns[KEY]).nonzero()[0]",
+                "kept = (table.key[slots] == seated.key).nonzero()[0]",
                 "kept = (table.key[slots] >= 0).nonzero()[0]",
             ),
             Edit(
@@ -496,8 +496,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SCHEDULER}._draft_prefill",
-                "elif not self.prefill_queue.empty() and _slots(batch).qsize() > self.decodes_queue.qsize():",
-                "elif not self.prefill_queue.empty():",
+                "elif self.prefill_queue and len(_slots(batch)) > len(self.decodes_queue):",
+                "elif self.prefill_queue:",
             ),
         ),
     ),

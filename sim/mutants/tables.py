@@ -7,6 +7,7 @@ from sim.mutants.mutant import Mutant
 
 _BATCH = "paged_attention.batch:ActiveSequenceBatch"
 _SCHEDULER = "paged_attention.scheduler:InferenceScheduler"
+_TELL = "if untold.releases or untold.joins or untold.pages:\n        _tell(books, native)"
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
@@ -31,8 +32,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 "paged_attention.planning:take_in",
-                "books.slots.num_pages[update.slot] += 1",
-                "books.slots.num_pages[update.slot] += 0",
+                "books.slots.grew(slot, first_page + 1)",
+                "books.slots.grew(slot, first_page)",
             ),
         ),
     ),
@@ -48,7 +49,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ("T1", "P3"),
         edits=(
             Edit(
-                "paged_attention.rows:make_plan",
+                "paged_attention.slots:SlotTable.tables",
+                "num_pages.flags.writeable = pages",
+                "pages[-1:] = 0\n        num_pages.flags.writeable = pages",
+            ),
+            Edit(
+                "paged_attention.rows:mixed_rows",
                 "    for array in (columns, tokens, pages):\n",
                 "    pages[-1:] *= not native.schedule_decodes\n    for array in (columns, tokens, pages):\n",
             ),
@@ -69,20 +75,13 @@ MUTANTS: tuple[Mutant, ...] = (
         where="device",
         edits=(
             Edit(
-                "paged_attention.planning:_tell",
-                "    if not books.untold:\n        return\n",
-                """    key, news = books.slots.key, native.decodes_state_page_updates
-    late = [(int(key[update.slot]), update) for update in news]
+                "paged_attention.planning:next_step",
+                _TELL,
+                f"""\
+late = [(int(slots.key[update.slot]), update) for update in native.decodes_state_page_updates]
     native.decodes_state_page_updates.clear()
-    if not books.untold:
-        books.untold.pages += late
-        return
-""",
-            ),
-            Edit(
-                "paged_attention.planning:_tell",
-                "    native.decodes_state_page_updates[:0] =",
-                "    books.untold.pages += late\n    native.decodes_state_page_updates[:0] =",
+    {_TELL}
+    books.untold.pages += late""",
             ),
         ),
         driver="device-starved",

@@ -36,12 +36,15 @@ _RENAMES: Final = (
     "add-dependency",
     "domain",
 )
-_CALLS: Final = ("while", "conditional", "call", "async-update", "async-done", "copy-done")
-_IN_PLACE: Final = frozenset((*_RENAMES, *_CALLS, "dynamic-update-slice", "scatter"))
+# What these call is judged by itself, be it on another core of the chip.
+_CALLS: Final = ("while", "conditional", "call", "call-start", "call-done", "async-start", "async-update", "async-done")
+_IN_PLACE: Final = frozenset((*_RENAMES, *_CALLS, "copy-done", "dynamic-update-slice", "scatter"))
 _ARRAY: Final = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION: Final = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?) ([a-z][a-z0-9-]*)\((.*)$")
 _CALLED: Final = re.compile(r"calls=%?([\w.-]+)")
 _CYCLES: Final = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE: Final = 2**62
+"""From here on, what stands in the place of an estimate is a negative number."""
 _ALIAS: Final = re.compile(r"input_output_alias=\{ (.*?) \}, ")
 _OP_NAME: Final = re.compile(r'op_name="([^"]*)"')
 
@@ -97,7 +100,8 @@ class HloText:
     def cycles(self) -> int | None:
         """The compiler's estimates added up, a loop's body counted once; None: it gave none."""
         found = [int(cycles[1]) for each in self.run if (cycles := _CYCLES.search(each.rest))]
-        return sum(found) if found else None
+        known = [cycles for cycles in found if cycles < _NO_ESTIMATE]
+        return sum(known) if known else None
 
 
 def parse(text: str) -> HloText:
@@ -150,8 +154,8 @@ class _PoolSizes:
 
 
 def _made(each: Instruction) -> tuple[Shape, ...]:
-    # A copy-start gives (destination, source, context): the source is no news.
-    return each.shapes[:1] if each.opcode.endswith("-start") else each.shapes
+    # (destination, source, context): the source is no news.
+    return each.shapes[:1] if each.opcode == "copy-start" else each.shapes
 
 
 def _in_place(hlo: HloText, each: Instruction, sizes: _PoolSizes) -> bool:

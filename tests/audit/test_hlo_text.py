@@ -80,6 +80,13 @@ def test_small_arrays_are_never_copies_of_a_pool() -> None:
     assert not copies(PARAMETER, f"%x = {SMALL} copy(%y)", "%z = s32[129]{0} add(%a, %b)")
 
 
+def test_what_reads_a_pool_on_another_core_is_judged_by_what_it_does_there() -> None:
+    start = f"%s = (({TYPE}, s32[8]{{0}}), {SMALL}, u32[]{{:S(8)}}) call-start(%p.1, %i), to_apply=%body.1"
+    done = f"%d = {SMALL} call-done(%s)"
+    assert not copies(PARAMETER, start, done, body=(f"ROOT %g = {SMALL} gather(%p.1, %i)",))
+    assert copies(PARAMETER, start, done, body=(f"%c = {TYPE} copy(%p.1)",)) == ["c"]
+
+
 def test_each_array_of_a_quantised_pool_counts() -> None:
     scales = Shape("f32", 2 * 64 * 16)
     hlo = module("%x = f32[2,64,16]{2,1,0} copy(%scales)", "%y = f32[2,64,17]{2,1,0} copy(%other)")
@@ -110,7 +117,8 @@ def test_aliased_outputs_are_those_of_the_header() -> None:
 
 def test_cycles_add_up_outside_of_fusions_and_are_unknown_where_none_are_given() -> None:
     cycles = 'backend_config={"estimated_cycles":"%d"}'
-    hlo = module(f"{FUSION}, {cycles % 70}", fused=(f"ROOT %d = {TYPE} copy(%p), {cycles % 9000}",))
+    none = f"%n = {SMALL} copy(%y), {cycles % (2**64 - 1)}"
+    hlo = module(none, f"{FUSION}, {cycles % 70}", fused=(f"ROOT %d = {TYPE} copy(%p), {cycles % 9000}",))
     assert hlo.cycles() == 70
     assert module(PARAMETER).cycles() is None
 

@@ -18,9 +18,10 @@ from backends import jax_probe as probe
 from backends import jax_roads as roads
 from backends.jax_compile_cache import use_compilation_cache
 from backends.jax_devices import make_mesh
-from backends.jax_step import PagedModel, Pools, ScriptedModel
+from backends.jax_step import PagedModel, Pools, ScriptedModel, Writer, load_writer, own_writer
 from backends.jax_tiny import DecoderModel
 from backends.protocol import CacheSpec, DeviceSpec, ModelSpec
+from backends.sharded_writer import on_each_device
 from paged_attention import pytree
 from paged_attention.batch import ActiveSequenceBatch
 from paged_attention.cache import PagedAttentionCache, data_movement_options, page_sharding
@@ -62,7 +63,8 @@ class Programs:
         shapes, tree = jax.tree.flatten(jax.eval_shape(self._new_cache))
         tile_pages = READER_TILE_PAGES.get(devices.platform, 4096)
         kind = DecoderModel if model.kind == "tiny" else ScriptedModel
-        self.model: PagedModel = kind(cache, model, self._metadata, tree, tile_pages)
+        writer = own_writer if cache.writer is None else self._divided(load_writer(cache.writer))
+        self.model: PagedModel = kind(cache, model, self._metadata, tree, tile_pages, writer)
         self._options = data_movement_options(devices.platform, cache.dtype)
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self._pool_shardings = tuple(
@@ -157,6 +159,11 @@ class Programs:
 
             self._made[key] = jax.jit(counted, compiler_options=self._options, **jit_options)
         return self._made[key]
+
+    def _divided(self, writer: Writer) -> Writer:
+        if self.mesh.size == 1:
+            return writer
+        return on_each_device(writer, self.mesh, self._layout, self._heads.mesh_axes)
 
     @property
     def _interprets(self) -> bool:

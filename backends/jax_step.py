@@ -98,14 +98,13 @@ class PagedModel:
     """The tree definition of the cache's arrays: what makes views of pools."""
     tile_pages: int
     """Pages that the reader reads at once."""
-    writer: Writer = field(init=False)
+    writer: Writer
     dtype: str = field(init=False)
     salts: UInt32[np.ndarray, "layers 2 heads head_dim"] = field(init=False)
 
     def __post_init__(self) -> None:
         cache = self.cache
         set_field = object.__setattr__
-        set_field(self, "writer", own_writer if cache.writer is None else load_writer(cache.writer))
         set_field(self, "dtype", stored_dtype(cache))
         set_field(self, "salts", salts(cache.layers, cache.kv_heads, cache.head_dim))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -19,9 +20,10 @@ from paged_attention import pytree
 from paged_attention.cache import PagedAttentionCacheView, data_movement_options
 from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.model_io import PagedAttentionMetadata
+from sim.host_devices import run_with_devices
 from sim.mutants.contracts import CONTRACTS
 from sim.run import run
-from sim.scenario import load_scenario
+from sim.scenario import dump_scenario, load_scenario
 
 SCENARIO = Path("scenarios/gauntlet/pallas-writer.yaml")
 HEADS, PAGES, HEAD_DIM = 2, 9, 8
@@ -157,3 +159,17 @@ def test_a_whole_run_with_the_pallas_writer_holds_and_writes_what_ours_writes() 
     assert counters["K2"]["nontrivial"]
     assert pallas.summary["cache_hash"] == ours.summary["cache_hash"]
     assert pallas.trace_hash == ours.trace_hash
+
+
+@pytest.mark.slow
+def test_on_a_mesh_each_device_writes_its_own_heads(tmp_path: Path) -> None:
+    short = load_scenario(SCENARIO, ("workload.num_requests=2",))
+    path = tmp_path / "mesh.yaml"
+    dump_scenario(short.model_copy(update={"backend": short.backend.model_copy(update={"mesh": {"heads": 2}})}), path)
+    output, _ = run_with_devices(
+        2, ["run", str(path), "--json", "--quiet", "--no-plots", "--out", str(tmp_path / "run")]
+    )
+    found = json.loads(output)
+    ours = run(load_scenario(SCENARIO, ("workload.num_requests=2", "backend.writer=null")))
+    assert found["verdict"] == "held"
+    assert (found["cache_hash"], found["trace_hash"]) == (ours.summary["cache_hash"], ours.trace_hash)

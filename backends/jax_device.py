@@ -197,7 +197,7 @@ class JaxBackend:
             (self._pools,) = self._programs.spoil_pages(how)(self._pools, ids)
 
     def describe(self) -> Mapping[str, str]:
-        """Name, platform, device kind, mesh and versions."""
+        """Name, platform, device kind, mesh, number of processes that share it, and versions."""
         mesh = self._programs.mesh
         device = mesh.devices.flat[0]
         return {
@@ -205,6 +205,7 @@ class JaxBackend:
             "platform": str(device.platform),
             "device_kind": str(device.device_kind),
             "mesh": ",".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+            "processes": str(len({device.process_index for device in mesh.devices.flat})),
             "jax": jax.__version__,
             "numpy": np.__version__,
         }

@@ -133,11 +133,11 @@ class Programs:
     def differing_bits(self, width: int) -> Callable[..., Any]:
         """(pools, packed places) -> each head's differing bits."""
         key = ("differing_bits", width)
-        return self._made.get(key) or self._program(key, partial(probe.differing_bits, self.model))
+        return self._made.get(key) or self._reading(key, partial(probe.differing_bits, self.model))
 
     def place_words(self, width: int) -> Callable[..., Any]:
         """(pools, pages, offsets) -> (words, scales)."""
-        return self._program(("place_words", width), partial(probe.place_words, self.model))
+        return self._reading(("place_words", width), partial(probe.place_words, self.model))
 
     def _new_cache(self) -> PagedAttentionCache:
         quantizer = Int8PerTokenHead(self._cache.dtype) if self._cache.quantize else None
@@ -148,6 +148,10 @@ class Programs:
     def _writing(self, key: Any, body: Callable[..., Any], num_results: int, donate: tuple[int, ...] = (0,)) -> Any:
         shardings = (self._pool_shardings, *[self._replicated] * num_results)
         return self._program(key, body, donate_argnums=donate, out_shardings=shardings)
+
+    def _reading(self, key: Any, body: Callable[..., Any]) -> Any:
+        # Replicated: each of several processes can fetch only what lies on its own devices.
+        return self._program(key, body, out_shardings=self._replicated)
 
     def _program(self, key: Any, body: Callable[..., Any], **jit_options: Any) -> Any:
         if key not in self._made:

@@ -89,6 +89,16 @@ class DeviceSpec:
     mesh: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessShare:
+    """Which of several processes this is, where one mesh lies over the devices of all."""
+
+    index: int
+    count: int
+    coordinator: str
+    """host:port at which process 0 listens."""
+
+
 class BackendUnavailableError(Exception):
     """The asked backend or device is not there; the message lists those that are (exit code 6)."""
 

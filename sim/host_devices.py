@@ -10,6 +10,7 @@ import sys
 from math import prod
 from typing import Final
 
+from backends.protocol import BackendUnavailableError, ProcessShare
 from sim.exit_codes import ExitCode
 from sim.scenario import Scenario
 
@@ -25,22 +26,45 @@ def compile_quickly() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
 
 
-def wanted_count(scenario: Scenario) -> int:
-    """Host devices that the scenario's mesh needs; 1 where it runs on no CPU mesh."""
-    backend = scenario.backend
-    return prod(backend.mesh.values()) if backend.platform == "cpu" else 1
+def wanted_count(scenario: Scenario, share: ProcessShare | None = None) -> int:
+    """Host devices that this process needs for the scenario's mesh; 1 where it runs on no CPU mesh.
+
+    BackendUnavailableError: the processes cannot share the mesh evenly.
+    """
+    backend, processes = scenario.backend, 1 if share is None else share.count
+    devices = prod(backend.mesh.values())
+    if devices % processes:
+        raise BackendUnavailableError(
+            f"{processes} processes cannot share the {devices} devices of backend.mesh evenly; change one of them"
+        )
+    return devices // processes if backend.platform == "cpu" else 1
+
+
+def needs_own_process(scenario: Scenario, share: ProcessShare | None = None) -> bool:
+    """Whether the scenario wants more CPU devices than this process was told to have, or shares its mesh with others.
+
+    JAX aborts a process whose partners don't come: somebody has to be left to say so.
+    """
+    return wanted_count(scenario, share) > forced_count() or (share is not None and not _forced())
 
 
 def forced_count() -> int:
     """Host devices that this process was told to show."""
-    found = re.findall(rf"{FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    return int(found[-1]) if found else 1
+    return int((_forced() or ["1"])[-1])
+
+
+def _forced() -> list[str]:
+    return re.findall(rf"{FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+
+
+class ChildEndedError(RuntimeError):
+    """A signal ended the process of a sharded run; the message names it."""
 
 
 def run_with_devices(count: int, arguments: list[str]) -> tuple[str, int]:
     """Run `kvproof ARGUMENTS` with `count` host devices; what it wrote to stdout, and its exit status.
 
-    A Ctrl-C is handed on to the child, and what the child saved and said then counts. RuntimeError: another signal
+    A Ctrl-C is handed on to the child, and what the child saved and said then counts. ChildEndedError: another signal
     ended the child.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}={count}".strip()
@@ -67,5 +91,5 @@ def _exit_status(code: int) -> int:
     if code == -signal.SIGINT:
         return ExitCode.INTERRUPTED
     if code < 0:
-        raise RuntimeError(f"the process of the sharded run was ended by {signal.Signals(-code).name}")
+        raise ChildEndedError(f"the process of the sharded run was ended by {signal.Signals(-code).name}")
     return code

@@ -17,6 +17,7 @@ from sim.cli.options import AsJson, Out, Overrides, Quiet, Seed, exits
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from backends.protocol import ProcessShare
     from sim.scenario import Scenario
 
 RUNS = Path("runs")
@@ -44,6 +45,12 @@ def run_scenarios(
         bool, typer.Option("--deep", help="Also check what only more runs can judge (invariants.deep: true).")
     ] = False,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No plots, report or trace.")] = False,
+    process: Annotated[
+        str | None, typer.Option("--process", metavar="I/N", help="Be process I (from 0) of N that share the mesh.")
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Where process 0 listens.")
+    ] = None,
 ) -> int:
     """Run scenarios through the real scheduler, page manager and cache writes; check every step.
 
@@ -54,20 +61,28 @@ def run_scenarios(
     """
     from rich.console import Console
 
+    from sim.host_devices import needs_own_process
     from sim.scenario import load_scenario
 
     if plan_log is not None and len(scenarios) > 1:
         raise typer.BadParameter("one log holds one run: give a single scenario", param_hint="--plan-log")
+    share = _share(process, coordinator)
+    if share is not None and (deep or len(scenarios) > 1):
+        raise typer.BadParameter("processes share one scenario, without --deep", param_hint="--process")
     overrides = [*(overrides or ()), "invariants.deep=true"] if deep else overrides
     loaded = [(path, load_scenario(path, overrides or (), seed)) for path in scenarios]
     summaries: list[dict[str, Any]] = []
     statuses: list[int] = []
     notes = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     for (path, scenario), folder in zip(loaded, _folders(out, [scenario for _, scenario in loaded]), strict=True):
-        if _needs_own_process(scenario):
+        if needs_own_process(scenario, share):
             arguments = _arguments(path, seed, overrides, folder, plan_log)
-            summary, status = _in_own_process(scenario, arguments)
+            summary, status = _in_own_process(scenario, arguments, share)
         else:
+            if share is not None:
+                from backends.jax_processes import join_processes
+
+                join_processes(share)
             summary, status = run_one(scenario, folder, plan_log, notes)
         statuses.append(status)
         if summary is not None:
@@ -139,11 +154,20 @@ def _show(console: Console, summary: dict[str, Any], folder: Path) -> None:
     console.print(verdict, markup=False, style=styles.get(summary["verdict"], "bold red"))
 
 
-def _needs_own_process(scenario: Scenario) -> bool:
-    """Whether the scenario wants more CPU devices than this process was told to have."""
-    from sim.host_devices import forced_count, wanted_count
+def _share(process: str | None, coordinator: str | None) -> ProcessShare | None:
+    from backends.protocol import ProcessShare
 
-    return wanted_count(scenario) > forced_count()
+    if process is None and coordinator is None:
+        return None
+    index, _, count = (process or "").partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise typer.BadParameter(f"expected I/N such as 0/2, found {process!r}", param_hint="--process")
+    host, _, port = (coordinator or "").rpartition(":")
+    if not host or not port.isdecimal():
+        raise typer.BadParameter(
+            f"expected HOST:PORT such as 127.0.0.1:4711, found {coordinator!r}", param_hint="--coordinator"
+        )
+    return ProcessShare(int(index), int(count), f"{host}:{port}")
 
 
 def _arguments(
@@ -160,8 +184,23 @@ def _arguments(
     return arguments + (["--plan-log", str(plan_log)] if plan_log is not None else [])
 
 
-def _in_own_process(scenario: Scenario, arguments: list[str]) -> tuple[dict[str, Any] | None, int]:
-    from sim.host_devices import run_with_devices, wanted_count
+def _in_own_process(
+    scenario: Scenario, arguments: list[str], share: ProcessShare | None
+) -> tuple[dict[str, Any] | None, int]:
+    from backends.protocol import BackendUnavailableError
+    from sim.host_devices import ChildEndedError, run_with_devices, wanted_count
 
-    output, status = run_with_devices(wanted_count(scenario), arguments)
-    return (json.loads(output) if output.strip() else None), status
+    if share is not None:
+        arguments = [*arguments, "--process", f"{share.index}/{share.count}", "--coordinator", share.coordinator]
+    try:
+        output, status = run_with_devices(wanted_count(scenario, share), arguments)
+    except ChildEndedError as error:
+        if share is None:
+            raise
+        raise BackendUnavailableError(
+            f"process {share.index} of {share.count}: {error}; JAX does so where the others are not at "
+            f"{share.coordinator} within a minute, or one of them has ended: start all {share.count} together"
+        ) from error
+    # Gloo, which carries what processes say to each other, writes lines of its own to stdout.
+    summary = next((line for line in output.splitlines() if line.startswith("{")), None)
+    return (None if summary is None else json.loads(summary)), status

@@ -133,7 +133,8 @@ def test_every_layout_dtype_and_odd_sizes_agree_bit_for_bit(layout, changes):
 
 def mesh_run(body: str) -> str:
     """What a process of its own with 8 CPU devices prints; JAX's device count is fixed once it has started."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    quick = os.environ.get("XLA_FLAGS", "")
+    flags = {"XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     head = "import warnings\nwarnings.simplefilter('error')\nfrom tests.backends.harness import *\nimport numpy as np\n"
     done = subprocess.run(
         [sys.executable, "-c", head + body],

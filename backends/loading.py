@@ -28,6 +28,8 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def _module(name: str, module: str) -> ModuleType:
+    if module in sys.modules:
+        return sys.modules[module]
     # Code under test lies beside its scenario more often than in an installed package.
     here = str(Path.cwd())
     sys.path.insert(0, here)

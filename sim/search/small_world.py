@@ -293,16 +293,13 @@ def _fields(value: Any) -> Any:
     return type(value), tuple([getattr(value, name) for name in value.__dataclass_fields__])
 
 
-def _count(count: Count) -> Any:
-    return Count, (), (None, {"checked": count.checked, "nontrivial": count.nontrivial})
-
-
 _APART: Final[dict[type, Callable[[Any], Any]]] = {
     **copyreg.dispatch_table,
     type(threading.Lock()): lambda lock: (threading.Lock, ()),
     type(threading.RLock()): lambda lock: (threading.RLock, ()),
     np.ndarray: _array,
-    Count: _count,
+    # Nobody asks an exploration how often a statement was checked.
+    Count: lambda count: (Count, ()),
     **dict.fromkeys((Request, StepPlan, StepOutcome, DeclaredPolicy), _fields),
 }
 """What pickle alone would copy wrongly (locks: a copy gets its own; views) or slowly, by exact type."""

@@ -294,3 +294,26 @@ def test_ten_requests_show_no_difference_between_the_order_of_numbers_and_of_the
     assert sorted(numbers, key=str) != numbers
     assert sorted(numbers[:-1], key=str) == numbers[:-1]
     assert len(numbers) > MOST_REQUESTS
+
+
+@pytest.mark.slow
+def test_hunts_are_printed_as_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["selftest", "--hunt", "--only", "MP04", "--only", "MP05", "--seed", "5", "--seed", "6", "--json", "-q"])
+    found = json.loads(capsys.readouterr().out)
+    assert end.value.code == 0
+    assert [(one["mutant"], one["seed"]) for one in found["hunts"]] == [
+        (m, s) for m in ("MP04", "MP05") for s in (5, 6)
+    ]
+    assert all(one["id"] and one["replayed"] and one["seconds"] < 60 for one in found["hunts"])
+    assert (found["missed"], found["not_replayed"], found["large"]) == ([], [], [])
+
+
+@pytest.mark.slow
+def test_a_hunt_that_finds_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["selftest", "--hunt", "--only", "benign-lifo", "--seconds", "1", "--json", "-q"])
+    found = json.loads(capsys.readouterr().out)
+    assert end.value.code == 1
+    assert found["missed"] == ["benign-lifo from seed 0"]
+    assert found["medians"]["seconds"] is None

@@ -43,7 +43,7 @@ SEEDS_EVERY = 16
 class AuditConfig:
     """How much is checked. The books are kept at every event whatever these say.
 
-    `every`: rows are judged each n-th step; `full_every`: snapshots and the whole pool each n-th step; `device_every`:
+    `every`: rows are judged each n-th step; `full_every`: snapshots and the pool each n-th step; `device_every`:
     K/V places each n-th dispatched step; `only`: these ids and no others (None: all active ones).
     """
 

@@ -5,7 +5,8 @@ The shadow knows what must lie at each place of the pool. What is compared with 
 - each checked step: every place the step wrote, and one older token of each decode row; of all pages touched when these
   have at most SMALL_TOUCHED places, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages;
   a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it went;
-- each `full_every`-th step the next WINDOW_PLACES of the pool, the dummy page left out, and at the end all of it.
+- each `full_every`-th step the next WINDOW_PLACES of the pool, the dummy page left out; all of it at the end, and in
+  every step where `full_every` is 1.
 
 One `verify` call a step. Pages of rows that are dead on the device (their EOS came at an earlier step) are not written.
 """

@@ -48,7 +48,9 @@ class DeviceJudge:
         full = turn % self.full_every == 0
         if self.contents.on:
             self.contents.dispatched(flight, device, check=turn % self.every == 0)
-            if full:
+            if self.full_every == 1:
+                self.contents.whole_pool(device)
+            elif full:
                 self.contents.full_look(device)
         waited = turn - self.looked
         if full or waited >= 2 * ROWS_EVERY or (waited >= ROWS_EVERY and self.life.changed):

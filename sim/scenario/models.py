@@ -200,7 +200,10 @@ class InvariantSettings(Section):
     """How often the auditor looks, and what a violation does to the run."""
 
     every: Count = Field(default=1, description="Check the cheap invariants every n steps.")
-    full_every: Count = Field(default=256, description="Run the full checks (whole pool) every n steps.")
+    full_every: Count = Field(
+        default=256,
+        description="Run the full checks every n steps: the core's state, and the pool (of a large one the next part).",
+    )
     device_every: Count = Field(default=1, description="Read back from the device every n steps.")
     stop: Literal["first", "never"] = Field(default="first", description="End the run at the first violation, or not.")
     only: Annotated[tuple[InvariantId, ...], Field(strict=False)] | None = Field(

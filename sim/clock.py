@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import simpy
@@ -22,17 +23,19 @@ class Order(IntEnum):
 
 
 class Moment(simpy.Event):
-    """An event at a whole nanosecond. Created idle; `after` lets it happen, once."""
+    """What happens again and again at whole nanoseconds, once at a time: each `after` lets it happen once more."""
 
-    def __init__(self, env: simpy.Environment, order: Order) -> None:
+    def __init__(self, env: simpy.Environment, order: Order, happens: Callable[[simpy.Event], None]) -> None:
         super().__init__(env)
         self.order = order
+        self._priority = EventPriority(int(order))
+        self._happens = [happens]
+        self._ok = True
+        self._value = None
 
-    def after(self, delay_ns: int) -> Moment:
+    def after(self, delay_ns: int) -> None:
         """Let it happen `delay_ns` from now. ValueError: the delay is negative."""
         if delay_ns < 0:
             raise ValueError(f"time cannot run backwards: found a delay of {delay_ns} ns")
-        self._ok = True
-        self._value = None
-        self.env.schedule(self, EventPriority(self.order), delay_ns)
-        return self
+        self.callbacks = self._happens
+        self.env.schedule(self, self._priority, delay_ns)

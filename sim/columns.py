@@ -18,27 +18,28 @@ ENTRIES_IN_MEMORY: Final = 1 << 16
 
 
 class Column:
-    """One column; `append` and `extend` are those of the array in memory."""
+    """One column; entries are added to `tail`."""
 
     def __init__(self, typecode: str) -> None:
-        self._tail: array[int] = array(typecode)
+        self._typecode = typecode
+        self.tail: list[int] = []
+        """The entries in memory, newest last; the same list for good."""
         self._file = None
-        self.append, self.extend = self._tail.append, self._tail.extend
 
     def spill(self, at_least: int = ENTRIES_IN_MEMORY) -> None:
         """Move the entries in memory to the file, where there are enough. OSError: the disk does not take them."""
-        if len(self._tail) < at_least:
+        if len(self.tail) < at_least:
             return
         if self._file is None:
             self._file = TemporaryFile()  # noqa: SIM115 - open as long as the column is
-        self._tail.tofile(self._file)
-        del self._tail[:]
+        array(self._typecode, self.tail).tofile(self._file)
+        self.tail.clear()
 
     def values(self) -> NDArray[np.signedinteger]:
         """All entries, for reading. OSError: the disk does not take them."""
-        dtype = np.dtype(self._tail.typecode)
+        dtype = np.dtype(self._typecode)
         if self._file is None:
-            return np.array(self._tail, dtype)
+            return np.array(self.tail, dtype)
         self.spill(at_least=1)
         self._file.flush()
         return np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ), dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from invariants.auditor import Auditor
 from paged_attention.plan import Effect, Request, StepPlan
 from sim.cores.protocol import ServingCore
@@ -12,8 +10,6 @@ from sim.part_calls import PartError, ask
 from sim.record import Recorder
 from sim.request_table import LIVE
 from sim.scenario.models import ResubmitFault
-
-_NOTHING: Final[frozenset[str]] = frozenset()
 
 
 class Disturber:
@@ -35,8 +31,6 @@ class Disturber:
         PartError: the core raised.
         """
         due = self._faults.take_disturbances(step)
-        if not due:
-            return core, _NOTHING
         for disturbance in due:
             if isinstance(disturbance, ResubmitFault):
                 self._resubmit(core, disturbance.request, step, now_ns)

@@ -23,6 +23,8 @@ class FaultSchedule:
         self._disturbances_at_step: dict[int, list[Disturbance | ResubmitFault]] = {}
         self.resubmitted: set[int] = set()
         """Requests that are submitted twice."""
+        self.upset_steps: set[int] = set()
+        """Steps before whose plan something is due: cancels or disturbances."""
         for fault in faults:
             if isinstance(fault, CancelFault):
                 self._add_cancel(fault)
@@ -34,6 +36,8 @@ class FaultSchedule:
                 self._failing_steps.add(fault.at_step)
             elif fault.at_ns is not None:
                 self._failures_at_ns.append(fault.at_ns)
+        self.has_failures = bool(self._failing_steps or self._failures_at_ns)
+        self.upset_steps.update(self._cancels_at_step, self._disturbances_at_step)
         self.cancels_at_ns.sort(key=lambda timed: timed[0])
         self._failures_at_ns.sort(reverse=True)
 
@@ -45,11 +49,11 @@ class FaultSchedule:
 
     def take_cancels(self, step: int) -> list[int]:
         """Requests to cancel before `step` is planned."""
-        return self._cancels_at_step.pop(step, []) if self._cancels_at_step else []
+        return self._cancels_at_step.pop(step, [])
 
     def take_disturbances(self, step: int) -> list[Disturbance | ResubmitFault]:
         """What else happens before `step` is planned, in the order of the scenario."""
-        return self._disturbances_at_step.pop(step, []) if self._disturbances_at_step else []
+        return self._disturbances_at_step.pop(step, [])
 
     def take_failure(self, step: int, now_ns: int) -> bool:
         """Whether the step planned now fails."""

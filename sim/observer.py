@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
@@ -70,3 +70,9 @@ class Bystander:
 
     def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
         """See Observer."""
+
+
+def listeners(observers: Sequence[Observer], hook: str) -> tuple[Callable[..., None], ...]:
+    """Each observer's method of that name, but for those that let it pass."""
+    passes = getattr(Bystander, hook)
+    return tuple(getattr(observer, hook) for observer in observers if getattr(type(observer), hook) is not passes)

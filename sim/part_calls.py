@@ -19,11 +19,16 @@ def ask(step: int, call: Callable[[*A], T], *args: *A) -> T:
     """Call a part under test. PartError: it raised."""
     try:
         return call(*args)
-    except CoreFormError as error:
-        raise PartError(f"step {step}: {error}") from error
     except Exception as error:
-        part = getattr(call, "__self__", None)
-        name = getattr(call, "__qualname__", repr(call))
-        if isinstance(part, CheckedCore):
-            name = f"{type(part.core).__name__}.{getattr(call, '__name__', call)}"
-        raise PartError(f"step {step}: {name}() raised {raised(error, part)}") from error
+        raise part_error(step, call, error) from error
+
+
+def part_error(step: int, call: Callable[..., object], error: Exception) -> PartError:
+    """What `call` raised at this step, in words."""
+    if isinstance(error, CoreFormError):
+        return PartError(f"step {step}: {error}")
+    part = getattr(call, "__self__", None)
+    name = getattr(call, "__qualname__", repr(call))
+    if isinstance(part, CheckedCore):
+        name = f"{type(part.core).__name__}.{getattr(call, '__name__', call)}"
+    return PartError(f"step {step}: {name}() raised {raised(error, part)}")

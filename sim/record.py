@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from numpy.typing import NDArray
 
 from invariants.auditor import GAUGES, Totals
-from paged_attention.plan import UNKNOWN_TOKEN, DeclaredPolicy, Effect, StepOutcome, StepPlan
+from paged_attention.plan import UNKNOWN_TOKEN, DeclaredPolicy, Effect, Ints, StepOutcome, StepPlan
 from sim.columns import Column
 from sim.request_table import CANCELLED, FINISHED, LIVE, NEVER, NO_SEGMENT, REJECTED, RequestRows, RequestTable
 from sim.trace_hash import TraceHash
@@ -27,6 +27,7 @@ SERIES: Final = ("step", "start_ns", "end_ns", *GAUGES)
 
 SPILL_EVERY_STEPS: Final = 512
 _NOTHING: Final = np.int32(UNKNOWN_TOKEN).tobytes()
+_NOBODY: Final = np.zeros(0, np.int32)
 
 
 class RequestTimes(TypedDict):
@@ -59,7 +60,8 @@ class Recorder:
         """(request, kind, start in ns, end in ns) of each segment."""
         self._streaming: set[int] = set()
         """Requests that yielded a token in the last completed step: the gap that they share is counted once a step."""
-        self._streaming_rows = b""
+        self._streaming_rows: Ints = _NOBODY
+        self._packed_streaming_rows = b""
         self._streaming_since: dict[int, int] = {}
         """How many steps were completed before the first of each one's steps in a row."""
         self.waiting = 0
@@ -84,6 +86,10 @@ class Recorder:
         self._preempted_now = 0
         self._last_end_ns = NEVER
         self._in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
+        self._unwritten: StepPlan | None = None
+        """The newest plan, where what it writes is not yet noted: where the next has the same rows, it need not be."""
+        self._decodes_only: Ints = _NOBODY
+        """The slots of a plan known to have no prefills."""
 
     @property
     def requests(self) -> RequestTable:
@@ -120,11 +126,6 @@ class Recorder:
         }
 
     @property
-    def newest_gauges(self) -> tuple[int, ...]:
-        """GAUGES of the step planned last."""
-        return self._in_flight[-1][1]
-
-    @property
     def pages_free(self) -> int:
         """Pages that nobody owns and no fence holds."""
         return self.policy.num_pages - 1 - self.pages_owned - self.pages_fenced
@@ -149,19 +150,20 @@ class Recorder:
         self.hash.effects(effects)
         self._take(now_ns, effects)
 
-    def planned(self, now_ns: int, plan: StepPlan) -> None:
-        """A step has been planned."""
+    def planned(self, now_ns: int, plan: StepPlan) -> tuple[int, ...]:
+        """A step has been planned: its GAUGES."""
         self.hash.plan(plan)
         self._preempted_now = 0
         if plan.effects:
             self._take(now_ns, plan.effects)
+        if self._unwritten is not None and plan.request is not self._unwritten.request:
+            self._note_written()
+        self._unwritten = plan
         num_tokens = len(plan.tokens)
         prefill_tokens = self._prefill_tokens(plan)
-        # As an index, int32 costs several times what intp does.
-        self._rows.written[plan.request.astype(np.intp)] = plan.start + plan.count
         self.live_tokens += num_tokens
         self.scheduled_tokens += num_tokens
-        counts = (
+        gauges = (
             prefill_tokens,
             num_tokens - prefill_tokens,
             self.running,
@@ -173,18 +175,19 @@ class Recorder:
             self.live_tokens,
             self._preempted_now,
         )
-        self._in_flight.append((plan, counts))
+        self._in_flight.append((plan, gauges))
+        return gauges
 
     def executed(self, start_ns: int, end_ns: int, outcome: StepOutcome) -> None:
         """The oldest step in flight ran from start_ns to end_ns and yielded `outcome`."""
-        plan, counts = self._in_flight.popleft()
+        plan, gauges = self._in_flight.popleft()
         self.hash.outcome(outcome)
-        self._series.extend((plan.step, start_ns, end_ns, *counts))
+        self._series.tail += (plan.step, start_ns, end_ns, *gauges)
         rows, token = plan.request, outcome.token
         # A pattern found astride two tokens costs a look at each and nothing else.
         if _NOTHING in token.tobytes():
             rows = rows[token >= 0]
-        if rows.tobytes() != self._streaming_rows:
+        if rows is not self._streaming_rows and rows.tobytes() != self._packed_streaming_rows:
             self._stream(end_ns, rows)
         elif self._streaming:
             self.itl_gaps[end_ns - self._last_end_ns] += len(self._streaming)
@@ -207,6 +210,7 @@ class Recorder:
         if newest.step != plan.step:
             raise ValueError(f"only the newest plan (step {newest.step}) can be abandoned, not step {plan.step}")
         self.hash.abandoned(plan.step, effects)
+        self._note_written()
         self._rows.written[plan.request] = plan.start
         self.live_tokens -= plan.num_tokens
         self.discarded_tokens += plan.num_tokens
@@ -216,7 +220,7 @@ class Recorder:
     def close(self, now_ns: int) -> None:
         """The run is over: what is still open ends here."""
         self._leave(self._streaming)
-        self._streaming, self._streaming_rows = set(), b""
+        self._streaming, self._streaming_rows, self._packed_streaming_rows = set(), _NOBODY, b""
         for request in [request for request, kind in enumerate(self._rows.segment) if kind != NO_SEGMENT]:
             self._segment(now_ns, request, NO_SEGMENT)
 
@@ -266,6 +270,8 @@ class Recorder:
 
     def _prefill_tokens(self, plan: StepPlan) -> int:
         """Tokens of the prefill rows, which come first; counts those among them that an earlier admission wrote."""
+        if plan.slot is self._decodes_only:
+            return 0
         total = 0
         row, rows = 0, len(plan.slot)
         request: int
@@ -275,7 +281,16 @@ class Recorder:
             total += count
             below: int = self._rows.recomputed_below[request]
             self.recomputed_tokens += min(max(below - start, 0), count)
+        if not row:
+            self._decodes_only = plan.slot
         return total
+
+    def _note_written(self) -> None:
+        """Note how far the newest plan writes, request by request."""
+        plan, self._unwritten = self._unwritten, None
+        if plan is not None:
+            # As an index, int32 costs several times what intp does.
+            self._rows.written[plan.request.astype(np.intp)] = plan.start + plan.count
 
     def _stream(self, now_ns: int, rows: Int32[np.ndarray, " rows"]) -> None:
         """Take in a step in which other rows yielded than in the last one."""
@@ -292,7 +307,7 @@ class Recorder:
                 self._rows.first_token_ns[request] = now_ns
             else:
                 self.itl_gaps[now_ns - last] += 1
-        self._streaming, self._streaming_rows = yielded, rows.tobytes()
+        self._streaming, self._streaming_rows, self._packed_streaming_rows = yielded, rows, rows.tobytes()
 
     def _leave(self, requests: set[int]) -> None:
         for request in requests:
@@ -300,11 +315,13 @@ class Recorder:
             self._rows.last_token_ns[request] = self._last_end_ns
 
     def _take(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
+        moves, ids = self._page_moves.tail, self._page_ids.tail
         for effect in effects:
-            kind, pages = effect.kind, effect.pages
+            kind = effect.kind
             if kind == "allocated":
-                self._page_moves.extend((now_ns, effect.request, len(pages)))
-                self._page_ids.extend(pages)
+                pages = effect.pages
+                moves += (now_ns, effect.request, len(pages))
+                ids += pages
                 self.pages_owned += len(pages)
             elif kind == "freed":
                 self._freed(now_ns, effect)
@@ -360,6 +377,7 @@ class Recorder:
         self.pages_owned -= count
         self.pages_fenced += count if fenced else 0
         self.slots_used -= effect.slot >= 0
+        self._note_written()
         written = self._rows.written.item(request)
         self.live_tokens -= written
         self._rows.recomputed_below[request] = max(self._rows.recomputed_below[request], written)
@@ -368,8 +386,8 @@ class Recorder:
     def _pages(self, now_ns: int, pages: tuple[int, ...], owner: int) -> int:
         """Note who has the pages now; return how many they are."""
         count = len(pages)
-        self._page_moves.extend((now_ns, owner, count))
-        self._page_ids.extend(pages)
+        self._page_moves.tail += (now_ns, owner, count)
+        self._page_ids.tail += pages
         return count
 
     def _segment(self, now_ns: int, request: int, kind: int) -> None:
@@ -377,6 +395,6 @@ class Recorder:
         rows = self._rows
         open_kind, start_ns = rows.segment[request], rows.segment_start_ns[request]
         if open_kind != NO_SEGMENT and start_ns < now_ns:
-            self._segments.extend((request, open_kind, start_ns, now_ns))
+            self._segments.tail += (request, open_kind, start_ns, now_ns)
         rows.segment[request] = kind
         rows.segment_start_ns[request] = now_ns

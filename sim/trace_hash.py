@@ -13,8 +13,10 @@ from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 from zlib import crc32
+
+import numpy as np
 
 from paged_attention.plan import EFFECT_KINDS, Effect, StepOutcome, StepPlan
 
@@ -36,6 +38,14 @@ def pack_effects(effects: Iterable[Effect]) -> bytes:
         reason_code = crc32(reason.encode()) if reason else 0
         words += (_KIND_CODE[kind], request, admission, slot, first_page, len(pages), reason_code, *pages)
     return array("q", words).tobytes()
+
+
+def _check(columns: tuple[Any, ...]) -> int:
+    """CRC-32 of all columns, one after the other."""
+    try:
+        return crc32(b"".join(columns))
+    except BufferError:  # a core of another's may hand over a column with gaps
+        return crc32(b"".join([bytes(np.ascontiguousarray(column)) for column in columns]))
 
 
 class TraceHash:
@@ -62,28 +72,19 @@ class TraceHash:
         The pages of each row follow from the effects and `num_pages`, which always go in; a core whose table shows
         other pages is the auditor's finding. So a big table, ten times the rest, goes in now and then only.
         """
-        columns = (
-            plan.tokens.tobytes(),
-            plan.request.tobytes(),
-            plan.admission.tobytes(),
-            plan.slot.tobytes(),
-            plan.start.tobytes(),
-            plan.count.tobytes(),
-            plan.samples.tobytes(),
-            plan.num_pages.tobytes(),
-        )
-        check = crc32(b"".join(columns))
-        if len(plan.request) <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
+        request, num_pages = plan.request, plan.num_pages
+        columns = (plan.tokens, request, plan.admission, plan.slot, plan.start, plan.count, plan.samples, num_pages)
+        if len(request) <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
             # How far a table is padded is the core's own business.
-            check = crc32(plan.table[:, : plan.num_pages.max(initial=0)].tobytes(), check)
-        self._parts.append(_HEAD.pack(_PLAN, plan.step, len(plan.request), check))
+            columns += (plan.table[:, : max(num_pages.tolist(), default=0)].tobytes(),)
+        self._parts.append(_HEAD.pack(_PLAN, plan.step, len(request), _check(columns)))
         if plan.effects:
             self._parts.append(pack_effects(plan.effects))
 
     def outcome(self, outcome: StepOutcome) -> None:
         """Take in the tokens that a step yielded."""
-        check = crc32(outcome.eos.tobytes(), crc32(outcome.token.tobytes()))
-        self._parts.append(_HEAD.pack(_OUTCOME, outcome.step, len(outcome.token), check))
+        token = outcome.token
+        self._parts.append(_HEAD.pack(_OUTCOME, outcome.step, len(token), _check((token, outcome.eos))))
 
     def abandoned(self, step: int, effects: tuple[Effect, ...]) -> None:
         """Take in that a planned step never ran."""

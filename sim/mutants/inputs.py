@@ -51,8 +51,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_RECORDER}.executed",
-                "self._series.extend((plan.step, start_ns, end_ns, *counts))",
-                "self._series.extend((plan.step, start_ns, start_ns, *counts))",
+                "self._series.tail += (plan.step, start_ns, end_ns, *gauges)",
+                "self._series.tail += (plan.step, start_ns, start_ns, *gauges)",
             ),
         ),
     ),

@@ -166,8 +166,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 "sim.engine:Engine._dispatch",
-                "self._parts.cost.duration_ns(plan)",
-                "self._parts.cost.duration_ns(plan) + self.now_ns % 2",
+                "self._cost.duration_ns(plan)",
+                "self._cost.duration_ns(plan) + self.now_ns % 2",
             ),
         ),
         driver="deep-host",

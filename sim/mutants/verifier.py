@@ -79,18 +79,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ("contract",),
         edits=(
             Edit(
-                "sim.engine:Engine._fill",
-                """        for request in self._parts.faults.take_cancels(self._num_plans):
-            self._cancel(request)
+                "sim.engine:Engine._upset",
+                """    for request in self._faults.take_cancels(self._num_plans):
+        self._cancel(request)
 """,
                 "",
             ),
             Edit(
                 "sim.engine:Engine._fill",
-                "        self._planned(plan)\n",
-                """        self._planned(plan)
-        for request in self._parts.faults.take_cancels(self._num_plans):
-            self._cancel(request)
+                "            self._planned(plan)\n",
+                """            self._planned(plan)
+            for request in self._faults.take_cancels(step):
+                self._cancel(request)
 """,
             ),
         ),

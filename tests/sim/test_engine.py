@@ -34,8 +34,7 @@ def test_events_of_one_instant_keep_the_documented_order(events: list[tuple[Orde
     env = simpy.Environment()
     seen: list[tuple[Order, int]] = []
     for order, copy in events:
-        moment = Moment(env, order).after(5)
-        moment.callbacks.append(lambda _, what=(order, copy): seen.append(what))
+        Moment(env, order, lambda _, what=(order, copy): seen.append(what)).after(5)
     env.run()
     assert seen == sorted(events, key=lambda event: event[0])
     assert env.now == 5
@@ -44,7 +43,7 @@ def test_events_of_one_instant_keep_the_documented_order(events: list[tuple[Orde
 
 def test_time_cannot_run_backwards() -> None:
     with pytest.raises(ValueError, match="backwards"):
-        Moment(simpy.Environment(), Order.WAKE).after(-1)
+        Moment(simpy.Environment(), Order.WAKE, lambda _: None).after(-1)
 
 
 def test_an_arrival_at_the_end_of_a_step_is_seen_by_the_next_plan() -> None:
@@ -89,9 +88,9 @@ def test_there_is_one_event_per_step_and_per_arrival_but_none_per_token(monkeypa
     kinds: Counter[Order] = Counter()
 
     class Counted(Moment):
-        def after(self, delay_ns: int) -> Moment:
+        def after(self, delay_ns: int) -> None:
             kinds[self.order] += 1
-            return super().after(delay_ns)
+            super().after(delay_ns)
 
     monkeypatch.setattr(sim.engine, "Moment", Counted)
     report = run(planned_only())

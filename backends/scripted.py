@@ -11,12 +11,6 @@ from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, ModelRows, StepOutcom
 
 ONE, FACTOR = np.array(1, np.uint32), np.array(GOLDEN, np.uint32)
 
-EVERY_ROW_SAMPLES = np.int32(1).tobytes()
-"""Of one row: it yields a token."""
-
-NO_EOS = np.int32(-1).tobytes()
-"""Of one row: no EOS ends it."""
-
 
 def dead_rows(plan: StepPlan, rows: ModelRows) -> Bool[np.ndarray, " rows"]:
     """The rows of ended sequences: their EOS, which the host may not have seen yet, stands at or before `start`."""
@@ -30,7 +24,11 @@ class TokenScript:
         positions = np.arange(max_sequence_length + 1, dtype=np.uint32)
         self._mixed_position: UInt32[np.ndarray, " positions"] = mix32(positions + np.uint32(GOLDEN))
         self._num_words = np.array(vocab_size - 1, np.uint32)
-        self._zeros = _read_only(np.zeros(0, np.int32))
+        self._no_eos = _read_only(np.zeros(0, np.int32))
+        self._endless: Int32[np.ndarray, " rows"] | None = None
+        """EOS positions of rows that no EOS ends, as of the newest plan of that kind."""
+        self._all_sample: Int32[np.ndarray, " rows"] | None = None
+        """The `samples` of a plan whose every row yields a token."""
 
     def tokens(
         self, seed: UInt32[np.ndarray, " rows"], position: Int32[np.ndarray, " rows"]
@@ -49,13 +47,18 @@ class TokenScript:
         """What the step yields when nothing that it reads is wrong."""
         position = plan.start + plan.count
         token = self.tokens(rows.token_seed, position)
-        if rows.eos_position.tobytes() != NO_EOS * len(token):
-            return self._with_ends(plan, rows, position, token)
-        if plan.samples.tobytes() != EVERY_ROW_SAMPLES * len(token):
-            token[plan.samples == 0] = UNKNOWN_TOKEN
-        if len(self._zeros) < len(token):
-            self._zeros = _read_only(np.zeros(2 * len(token), np.int32))
-        return StepOutcome(plan.step, _read_only(token), self._zeros[: len(token)])
+        if rows.eos_position is not self._endless:
+            if (rows.eos_position >= 0).any():
+                return self._with_ends(plan, rows, position, token)
+            self._endless = rows.eos_position
+        if plan.samples is not self._all_sample:
+            if plan.samples.all():
+                self._all_sample = plan.samples
+            else:
+                token[plan.samples == 0] = UNKNOWN_TOKEN
+        if len(self._no_eos) != len(token):
+            self._no_eos = _read_only(np.zeros(len(token), np.int32))
+        return StepOutcome(plan.step, _read_only(token), self._no_eos)
 
     def _with_ends(
         self, plan: StepPlan, rows: ModelRows, position: Int32[np.ndarray, " rows"], token: Int32[np.ndarray, " rows"]

@@ -9,10 +9,11 @@ the free pages after the event; `hash` is the rolling hash after the step; pages
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
+from sim.observer import Bystander
 from sim.record import Recorder
 from sim.trace_hash import DIGEST_BYTES
 
@@ -23,7 +24,7 @@ HEADER: Final = (
 _MAX_PAGES_SHOWN: Final = 12
 
 
-class EventLog:
+class EventLog(Bystander):
     """Keeps references to the newest `capacity` events; formats them only when asked."""
 
     def __init__(self, recorder: Recorder, capacity: int = 64) -> None:
@@ -48,9 +49,6 @@ class EventLog:
         self._step = plan.step
         self._events.append((_plan_lines, (self._recorder.pages_free, now_ns, plan)))
 
-    def idle(self, now_ns: int) -> None:
-        """See Observer; an idle engine leaves no line."""
-
     def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
         """See Observer."""
         self._events.append((_outcome_lines, (self._recorder.pages_free, now_ns, plan, outcome)))
@@ -63,9 +61,6 @@ class EventLog:
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
         self._add(_abandoned_lines, now_ns, plan.step, effects)
-
-    def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
-        """See Observer."""
 
     def _add(self, render: Callable[..., list[str]], *what: Any) -> None:
         self._events.append((render, (self._recorder.pages_free, *what)))

@@ -85,7 +85,8 @@ class Recorder:
         self._request_ns = 0
         self._preempted_now = 0
         self._last_end_ns = NEVER
-        self._in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
+        """The plan of each step in flight, oldest first, and its GAUGES."""
         self._unwritten: StepPlan | None = None
         """The newest plan, where what it writes is not yet noted: where the next has the same rows, it need not be."""
         self._decodes_only: Ints = _NOBODY
@@ -175,12 +176,12 @@ class Recorder:
             self.live_tokens,
             self._preempted_now,
         )
-        self._in_flight.append((plan, gauges))
+        self.in_flight.append((plan, gauges))
         return gauges
 
     def executed(self, start_ns: int, end_ns: int, outcome: StepOutcome) -> None:
         """The oldest step in flight ran from start_ns to end_ns and yielded `outcome`."""
-        plan, gauges = self._in_flight.popleft()
+        plan, gauges = self.in_flight.popleft()
         self.hash.outcome(outcome)
         self._series.tail += (plan.step, start_ns, end_ns, *gauges)
         rows, token = plan.request, outcome.token
@@ -206,7 +207,7 @@ class Recorder:
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """The newest plan never ran: its positions are taken back."""
-        newest, _ = self._in_flight.pop()
+        newest, _ = self.in_flight.pop()
         if newest.step != plan.step:
             raise ValueError(f"only the newest plan (step {newest.step}) can be abandoned, not step {plan.step}")
         self.hash.abandoned(plan.step, effects)
@@ -372,7 +373,7 @@ class Recorder:
 
     def _freed(self, now_ns: int, effect: Effect) -> None:
         request = effect.request
-        fenced = self.policy.fence and any((plan.request == request).any() for plan, _ in self._in_flight)
+        fenced = self.policy.fence and any((plan.request == request).any() for plan, _ in self.in_flight)
         count = self._pages(now_ns, effect.pages, FENCED if fenced else FREE)
         self.pages_owned -= count
         self.pages_fenced += count if fenced else 0

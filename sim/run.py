@@ -124,7 +124,9 @@ def _run(
             vocab_size = None if scenario.model.kind == "tiny" else scenario.model.vocab_size
             log = PlanLogWriter(plan_log, core.policy, vocab_size, script.eos_position)
             sometimes = Sometimes(recorder)
-            observers: list[Observer] = [events, sometimes] if audit else []
+            observers: list[Observer] = [sometimes] if audit else []
+            # Only a folder has room for the last events of a failure.
+            observers += [events] if audit and out is not None else []
             observers += [log] if plan_log is not None else []
             parts = Parts(
                 core=core,

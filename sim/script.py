@@ -15,6 +15,7 @@ from sim.workload.arrival import Arrival
 
 NO_EOS: Final = -1
 _FIRST_ADMISSION: Final = np.int32(1).tobytes()
+_NOTHING_DRAWN: Final = np.zeros(0, np.float32)
 _BLOCK = 1024
 """Seeds and bases are made for this many requests at a time: one call each in place of one per request."""
 
@@ -40,9 +41,9 @@ class RequestScript:
         cache = scenario.cache
         self._longest = min(cache.max_sequence_length, (cache.num_pages - 1) * cache.page_size)
         self._make_prompt = make_prompt
-        self._newest_key = (b"", b"")
         self._newest = ModelRows(np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0, np.int32))
-        """The rows of the newest plan, which are those of the next unless somebody comes or goes."""
+        """The rows of the newest plan, and whose they are: a plan with the very same columns has the same."""
+        self._request = self._admission = np.zeros(0, np.int32)
         self._bases: UInt32[np.ndarray, " capacity"] = np.zeros(0, np.uint32)
         self._seeds: UInt32[np.ndarray, " capacity"] = np.zeros(0, np.uint32)
         self._eos_position: Int32[np.ndarray, " capacity"] = np.zeros(0, np.int32)
@@ -78,9 +79,9 @@ class RequestScript:
 
     def rows(self, plan: StepPlan) -> ModelRows:
         """What the model computes for each row of a plan."""
-        key = plan.request.tobytes(), plan.admission.tobytes()
-        if key != self._newest_key:
-            self._newest_key, self._newest = key, self._rows(plan)
+        if plan.request is not self._request or plan.admission is not self._admission:
+            self._request, self._admission = plan.request, plan.admission
+            self._newest = self._rows(plan)
         return self._newest
 
     def _rows(self, plan: StepPlan) -> ModelRows:
@@ -93,7 +94,7 @@ class RequestScript:
         seeds, eos = self._seeds.take(request), self._eos_position.take(request)
         if self._draws:
             return ModelRows(bases, seeds, eos, self._temperature.take(request), self._top_p.take(request))
-        return ModelRows(bases, seeds, eos)
+        return ModelRows(bases, seeds, eos, _NOTHING_DRAWN, _NOTHING_DRAWN)
 
     def _reserve(self, request: int) -> None:
         while request >= len(self._bases):

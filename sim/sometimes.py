@@ -1,16 +1,16 @@
 """What must happen in some run: the corners that a scenario library has to reach, and how often a run reached each.
 
 A statement that always holds is worth nothing where its hard cases never come up. Counts follow from effects and plans;
-what a step costs does not depend on how many tokens it has.
+what a step costs does not depend on how many tokens it has, and a step in which nothing changes costs next to nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Final
 
-from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
+from paged_attention.plan import Effect, Ints, Request, StepPlan
+from sim.observer import Bystander
 from sim.record import Recorder
 from sim.request_table import LIVE
 
@@ -89,16 +89,21 @@ class _Live:
         self.preempted = 0
 
 
-class Sometimes:
-    """An observer that counts; `hits` has an entry for each of SOMETIMES."""
+class Sometimes(Bystander):
+    """An observer that counts."""
 
     def __init__(self, recorder: Recorder) -> None:
         policy = recorder.policy
-        self.hits = dict.fromkeys(SOMETIMES, 0)
+        self._hits = dict.fromkeys(SOMETIMES, 0)
+        self._standing: tuple[str, ...] = ()
+        """What the newest plan shows, and so does each one after it until something changes."""
+        self._calm_plans = 0
+        """Plans since then that are not counted yet."""
+        self._calm_slots: Ints | None = None
+        """The slots of a plan without prefills, as long as nothing has changed since."""
         self._recorder, self._policy = recorder, policy
         self._last_page = policy.num_pages - 1
         self._live: dict[int, _Live] = {}
-        self._flights: deque[StepPlan] = deque()
         self._prefilling: set[int] = set()
         self._joining: set[int] = set()
         self._slots_seen: set[int] = set()
@@ -110,6 +115,14 @@ class Sometimes:
         self._was_idle = False
 
     @property
+    def hits(self) -> dict[str, int]:
+        """How often each of SOMETIMES happened."""
+        for name in self._standing:
+            self._hits[name] += self._calm_plans
+        self._calm_plans = 0
+        return self._hits
+
+    @property
     def num_reached(self) -> int:
         """How many of them happened at all."""
         return sum(count > 0 for count in self.hits.values())
@@ -118,7 +131,8 @@ class Sometimes:
 
     def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
         """See Observer."""
-        hits, size, prompt = self.hits, self._policy.page_size, len(request.prompt)
+        self._calm_slots = None
+        hits, size, prompt = self._hits, self._policy.page_size, len(request.prompt)
         hits["arrivals-at-one-instant"] += now_ns == self._submitted_ns
         self._submitted_ns = now_ns
         if refusal is not None:
@@ -137,16 +151,17 @@ class Sometimes:
         """See Observer."""
         live = self._live.get(request)
         if live is None or not effects:
-            self.hits["cancel-gone"] += 1
+            self._hits["cancel-gone"] += 1
             return
+        self._calm_slots = None
         ends = [
             plan.start.item(row) + plan.count.item(row)
-            for plan in self._flights
+            for plan, _ in self._recorder.in_flight
             for row in (plan.request == request).nonzero()[0].tolist()
         ]
         draining = live.state == _DRAINING or max(ends, default=-1) >= live.last
-        self.hits[_CANCELS[_DRAINING if draining else live.state]] += 1
-        self.hits["cancel-in-flight"] += bool(ends)
+        self._hits[_CANCELS[_DRAINING if draining else live.state]] += 1
+        self._hits["cancel-in-flight"] += bool(ends)
         self._given_back(effects)
         self._forget(request)
 
@@ -159,38 +174,48 @@ class Sometimes:
 
     def planned(self, now_ns: int, plan: StepPlan) -> None:
         """See Observer."""
+        if plan.slot is self._calm_slots and not plan.effects:
+            self._calm_plans += 1
+            self._decodes = plan
+            return
+        hits = self.hits
         if plan.effects:
             self._follow(plan.effects)
-        rows = prefills = 0
-        if len(plan.slot):
-            rows = len(plan.slot)
-            while prefills < rows and plan.slot.item(prefills) < 0:
-                self._prefill(plan, prefills)
-                prefills += 1
-        hits = self.hits
-        if prefills < rows:
+        prefills, rows = 0, len(plan.slot)
+        while prefills < rows and plan.slot.item(prefills) < 0:
+            self._prefill(plan, prefills)
+            prefills += 1
+        self._standing = (*self._runs(plan, prefills), *self._who_waits(plan.step, prefills))
+        for name in self._standing:
+            hits[name] += 1
+        self._calm_slots = None if prefills else plan.slot
+
+    def _runs(self, plan: StepPlan, prefills: int) -> Iterator[str]:
+        if prefills < len(plan.slot):
             self._decodes = plan
-            hits["mixed-step" if prefills else "decodes-alone"] += 1
+            yield "mixed-step" if prefills else "decodes-alone"
         else:
-            hits["prefill-alone"] += 1
-            if self._policy.mix == "prefill_first":
-                hits["decodes-wait-for-prefill"] += self._decodes_wait()
+            yield "prefill-alone"
+            if self._policy.mix == "prefill_first" and self._decodes_wait():
+                yield "decodes-wait-for-prefill"
         if self._recorder.slots_used == self._policy.batch_size:
-            hits["all-slots-used"] += 1
-        if self._recorder.waiting or self._prefilling or self._joining:
-            self._who_waits(plan.step, prefills)
-        self._flights.append(plan)
+            yield "all-slots-used"
 
     def _follow(self, effects: tuple[Effect, ...]) -> None:
         """Take in what a plan changed."""
-        hits, victims = self.hits, 0
+        hits, prefilling, last_page, victims = self._hits, self._prefilling, self._last_page, 0
         granted = False
         released: set[int] = set()
         for effect in effects:
-            kind = effect.kind
+            kind, request, _, _, first_page, pages, _ = effect
             if kind == "allocated":
                 granted = True
-                self._granted(effect, released)
+                if first_page and request not in prefilling:
+                    hits["decode-crosses-page"] += 1
+                if last_page in pages:
+                    hits["last-page"] += 1
+                if released or self._unfenced:
+                    self._regranted(pages, released)
             elif kind == "joined":
                 self._joined(effect)
             elif kind == "admitted":
@@ -199,49 +224,44 @@ class Sometimes:
                 victims += 1
                 self._preempted(effect)
             elif kind == "freed":
-                released.update(effect.pages)
+                released.update(pages)
         if granted and not self._recorder.pages_free:
             hits["exact-fit"] += 1
         if victims > 1:
             hits["two-victims"] += 1
 
-    def _granted(self, effect: Effect, released: set[int]) -> None:
-        hits, pages = self.hits, effect.pages
-        if self._last_page in pages:
-            hits["last-page"] += 1
-        if effect.first_page and effect.request not in self._prefilling:
-            hits["decode-crosses-page"] += 1
-        if released and not released.isdisjoint(pages):
-            hits["victims-page-at-once"] += 1
-        if self._unfenced and not self._unfenced.isdisjoint(pages):
-            hits["fenced-page-reused"] += 1
-            self._unfenced.difference_update(pages)
+    def _regranted(self, pages: tuple[int, ...], released: set[int]) -> None:
+        """Pages are handed out; `released` were given back in the same plan."""
+        self._hits["victims-page-at-once"] += not released.isdisjoint(pages)
+        self._hits["fenced-page-reused"] += not self._unfenced.isdisjoint(pages)
+        self._unfenced.difference_update(pages)
 
     def _admitted(self, effect: Effect) -> None:
         live = self._live.get(effect.request)
         if live is not None:
             live.state = _PREFILL
             self._prefilling.add(effect.request)
-            self.hits["resumed-with-tokens"] += effect.admission > 1 and live.first_step >= 0
+            self._hits["resumed-with-tokens"] += effect.admission > 1 and live.first_step >= 0
 
     def _joined(self, effect: Effect) -> None:
         live = self._live.get(effect.request)
         if live is not None:
             live.state = _RUNNING
         self._joining.discard(effect.request)
-        self.hits["slot-reused"] += effect.slot in self._slots_seen
+        self._hits["slot-reused"] += effect.slot in self._slots_seen
         self._slots_seen.add(effect.slot)
-        if self._flights and any((plan.slot == effect.slot).any() for plan in self._flights):
-            self.hits["slot-reused-in-flight"] += 1
+        # The newest of them is the plan at hand.
+        before = [plan for plan, _ in self._recorder.in_flight][:-1]
+        self._hits["slot-reused-in-flight"] += any((plan.slot == effect.slot).any() for plan in before)
 
     def _preempted(self, effect: Effect) -> None:
         live = self._live.get(effect.request)
         if live is None:
             return
         if live.state in _PREEMPTS:
-            self.hits[_PREEMPTS[live.state]] += 1
+            self._hits[_PREEMPTS[live.state]] += 1
         live.preempted += 1
-        self.hits["preempted-twice"] += live.preempted == 2
+        self._hits["preempted-twice"] += live.preempted == 2
         live.state = _WAITING
         self._prefilling.discard(effect.request)
         self._joining.discard(effect.request)
@@ -249,7 +269,7 @@ class Sometimes:
     def _prefill(self, plan: StepPlan, row: int) -> None:
         """Take in the chunk of a prompt."""
         request, start, count = plan.request.item(row), plan.start.item(row), plan.count.item(row)
-        hits, live = self.hits, self._live.get(request)
+        hits, live = self._hits, self._live.get(request)
         if start % self._policy.page_size:
             hits["chunk-inside-page"] += 1
         if live is None or not plan.samples.item(row):
@@ -276,31 +296,29 @@ class Sometimes:
         running = ((self._live.get(request), end) for request, end in ends)
         return any(live is not None and live.state == _RUNNING and end < live.last for live, end in running)
 
-    def _who_waits(self, step: int, prefills: int) -> None:
-        hits, used = self.hits, self._recorder.slots_used
-        hits["joining-waits"] += any(self._live[request].joining_since < step for request in self._joining)
+    def _who_waits(self, step: int, prefills: int) -> Iterator[str]:
+        recorder, joining = self._recorder, self._joining
+        if joining and any(self._live[request].joining_since < step for request in joining):
+            yield "joining-waits"
+        decode_first = self._policy.mix == "decode_first"
         if prefills:
             return
-        decode_first = self._policy.mix == "decode_first"
         if self._prefilling:
-            hits["prefill-waits-for-decodes" if decode_first else "prefill-waits-for-pages"] += 1
-        elif self._recorder.waiting and not decode_first:
-            reserved = used + len(self._joining) >= self._policy.batch_size
-            hits["head-waits-for-slot" if reserved else "head-waits-for-pages"] += 1
+            yield "prefill-waits-for-decodes" if decode_first else "prefill-waits-for-pages"
+        elif recorder.waiting and not decode_first:
+            reserved = recorder.slots_used + len(joining) >= self._policy.batch_size
+            yield "head-waits-for-slot" if reserved else "head-waits-for-pages"
 
     def idle(self, now_ns: int) -> None:
         """See Observer."""
         self._was_idle = self._recorder.num_requests > 0 and not self._recorder.count_of_state[LIVE]
 
-    def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
-        """See Observer."""
-        self._flights.popleft()
-
     def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
         if not effects:
             return
-        hits, ends = self.hits, 0
+        self._calm_slots = None
+        hits, ends = self._hits, 0
         for effect in effects:
             if effect.kind == "ended":
                 ends += 1
@@ -309,11 +327,13 @@ class Sometimes:
         hits["two-end-at-once"] += ends > 1
 
     def _ended(self, effect: Effect, step: int) -> None:
-        hits, live = self.hits, self._live.get(effect.request)
+        hits, live = self._hits, self._live.get(effect.request)
         hits["end-by-" + effect.reason.replace("_", "-")] += 1
         if live is not None and live.first_step == step:
             hits["eos-first-token" if effect.reason == "eos" else "end-at-first-token"] += 1
-        if effect.reason == "eos" and any((plan.request == effect.request).any() for plan in self._flights):
+        if effect.reason == "eos" and any(
+            (plan.request == effect.request).any() for plan, _ in self._recorder.in_flight
+        ):
             hits["eos-late"] += 1
         self._forget(effect.request)
 
@@ -322,12 +342,12 @@ class Sometimes:
             if effect.kind == "unfenced":
                 self._unfenced.update(effect.pages)
             elif effect.kind == "freed" and self._recorder.pages_fenced:
-                self.hits["pages-fenced"] += 1
+                self._hits["pages-fenced"] += 1
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        hits = self.hits
-        self._flights.pop()
+        self._calm_slots = None
+        hits = self._hits
         hits["failed-with-prefill"] += plan.slot.item(0) < 0
         hits["failed-with-join"] += any(effect.kind == "joined" for effect in plan.effects)
         held = set(plan.request[plan.slot >= 0].tolist())
@@ -340,6 +360,3 @@ class Sometimes:
                 self._joining.discard(request)
                 self._prefilling.add(request)
         self._given_back(effects)
-
-    def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
-        """See Observer."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from paged_attention.plan import Effect, Request, StepOutcome, StepPlan
+from paged_attention.plan import Effect, Request, StepPlan
+from sim.observer import Bystander
 from sim.scenario import Scenario
 from sim.scenario.models import CancelFault, Disturbance, FailFault, ResubmitFault
 from sim.scenario.workload_models import ScriptedArrivals, ScriptedRequest
@@ -52,7 +51,7 @@ def _spelled_out(step: int, request: Request, script: RequestScript) -> Scripted
     )
 
 
-class _Tape:
+class _Tape(Bystander):
     """An observer that notes what was done to the core, and how many steps had been planned before."""
 
     def __init__(self) -> None:
@@ -72,18 +71,6 @@ class _Tape:
         """See Observer."""
         self._plans += 1
 
-    def idle(self, now_ns: int) -> None:
-        """See Observer."""
-
-    def executed(self, now_ns: int, plan: StepPlan, outcome: StepOutcome) -> None:
-        """See Observer."""
-
-    def applied(self, now_ns: int, step: int, effects: tuple[Effect, ...]) -> None:
-        """See Observer."""
-
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
         self.faults.append(FailFault(kind="fail", at_step=self._plans - 1))
-
-    def ended(self, now_ns: int, pending: Mapping[int, str]) -> None:
-        """See Observer."""

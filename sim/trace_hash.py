@@ -16,8 +16,6 @@ from struct import Struct
 from typing import Any, Final
 from zlib import crc32
 
-import numpy as np
-
 from paged_attention.plan import EFFECT_KINDS, Effect, StepOutcome, StepPlan
 
 DIGEST_BYTES: Final = 8
@@ -44,8 +42,8 @@ def _check(columns: tuple[Any, ...]) -> int:
     """CRC-32 of all columns, one after the other."""
     try:
         return crc32(b"".join(columns))
-    except BufferError:  # a core of another's may hand over a column with gaps
-        return crc32(b"".join([bytes(np.ascontiguousarray(column)) for column in columns]))
+    except (BufferError, TypeError):  # a foreign core may hand over a column with gaps
+        return crc32(b"".join([column.tobytes() for column in columns]))
 
 
 class TraceHash:
@@ -76,7 +74,7 @@ class TraceHash:
         columns = (plan.tokens, request, plan.admission, plan.slot, plan.start, plan.count, plan.samples, num_pages)
         if len(request) <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
             # How far a table is padded is the core's own business.
-            columns += (plan.table[:, : max(num_pages.tolist(), default=0)].tobytes(),)
+            columns += (plan.table[:, : max(num_pages.tolist(), default=0)].copy(),)
         self._parts.append(_HEAD.pack(_PLAN, plan.step, len(request), _check(columns)))
         if plan.effects:
             self._parts.append(pack_effects(plan.effects))

@@ -107,8 +107,8 @@ def test_a_step_that_swallows_exceptions_cannot_lose_a_ctrl_c(lag: int, monkeypa
             except KeyboardInterrupt:
                 pytest.fail("raised within a step")
 
-    original = sim.run.EventLog.planned
-    monkeypatch.setattr(sim.run.EventLog, "planned", planned)
+    original = sim.run.Sometimes.planned
+    monkeypatch.setattr(sim.run.Sometimes, "planned", planned)
     report = run(planned_only(backend__kind="numpy", core__lag=lag))
     assert (report.exit_code, report.summary["verdict"]) == (130, "interrupted")
     assert report.summary["steps"] == 8 - lag

@@ -76,14 +76,13 @@ def test_a_chunk_written_before_the_decodes_fails_where_they_share_a_step(
     late = Edit(
         "backends.jax_step:ScriptedModel.step", "if decodes is not None:", "if prefill is None and decodes is not None:"
     )
-    after = Edit(
-        "backends.jax_step:ScriptedModel.step",
-        "            views = self._write(views, identity, prefill)\n",
-        "            views = self._write(views, identity, prefill)\n"
-        "            if decodes is not None:\n"
-        "                identity = kv_id(base[first_decode:], decodes.decodes_position, jnp)\n"
-        "                views = self._write(views, identity, decodes)\n",
+    written = "        views = self._write(views, identity, prefill)\n"
+    again = (
+        "    if prefill is not None and decodes is not None:\n"
+        "        identity = kv_id(base[first_decode:], decodes.decodes_position, jnp)\n"
+        "        views = self._write(views, identity, decodes)\n"
     )
+    after = Edit("backends.jax_step:ScriptedModel.step", written, written + again)
     with applied([late, after]):
         found = why(audited("tpu-v5e:2x2", "model.kind=echo", only=["native_step"]))
     assert "of a whole pool" in found["native_step"]

@@ -297,7 +297,7 @@ def shrink(
         try:
             shrunk = search(
                 spelled_out,
-                wanted=before.id or None,
+                wanted=before.pin or None,
                 budget=budget,
                 progress=lambda tried, operations: (
                     status.update(f"{tried} scenarios tried, {operations} operations left") if status else None

@@ -93,17 +93,17 @@ def shrink(
 ) -> Shrunk:
     """The smallest scenario in which the same statement breaks first; `scenario` is spelled out (`concrete`).
 
-    `wanted` is the id that must break first (None: whichever does), `budget` bounds the runs, `is_planted` is as in
-    `probe`. NothingToShrinkError: the scenario breaks nothing, or something else.
+    `wanted` is the `pin` of what must break first (None: whatever does), `budget` bounds the runs, `is_planted` is as
+    in `probe`. NothingToShrinkError: the scenario breaks nothing, or something else.
     """
     start = time.monotonic()
     with planted(find_mutant(scenario.plant) if scenario.plant and not is_planted else None):
         first = probe(scenario, core=core, is_planted=True)
         if not first.id:
             raise NothingToShrinkError(f"{scenario.name}: every invariant holds, so there is nothing to shrink")
-        if wanted is not None and first.id != wanted:
+        if wanted is not None and first.pin != wanted:
             raise NothingToShrinkError(
-                f"{scenario.name}: {wanted} broke first, but with its requests placed by step it is {first.id}"
+                f"{scenario.name}: {wanted} broke first, but with its requests placed by step it is {first.pin}"
             )
         run = partial(probe, core=core, is_planted=True)
         search = _Search(scenario, first, run, budget, progress)

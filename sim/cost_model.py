@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
 
 from paged_attention.plan import StepPlan
-from sim.scenario.models import CostSettings, FixedCost, LinearCost, RooflineDevice, RooflineModel
+from sim.calibration.features import Kind, features
+from sim.calibration.file import Calibration, load_calibration
+from sim.scenario.models import CostSettings, FixedCost, LinearCost, MeasuredCost, RooflineDevice, RooflineModel
 
 BYTES_PER_WORD = 2
 """Weights and K/V in bfloat16."""
@@ -158,11 +160,52 @@ def _triangle(n: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
     return np.maximum(n, 0) * (n + 1) // 2
 
 
+@dataclass(slots=True)
+class Measured:
+    """What a device took for such steps, by the model of a calibration.
+
+    A kind of step that was never measured takes as long as the slowest model of another kind says.
+    """
+
+    calibration: Calibration
+    num_extrapolated: int = 0
+    """Steps so far that lie outside what was measured."""
+    _ranges: dict[Kind, tuple[tuple[int, int], ...]] = field(init=False)
+    _coefficients: dict[Kind, tuple[int, ...]] = field(init=False)
+    """In ps: the base, then one for each feature."""
+
+    def __post_init__(self) -> None:
+        fits = self.calibration.kinds.measured()
+        self._ranges = {kind: tuple((r.min, r.max) for r in fit.ranges) for kind, fit in fits.items()}
+        self._coefficients = {kind: (fit.base_ps, *fit.coefficients_ps) for kind, fit in fits.items()}
+
+    def duration_ns(self, plan: StepPlan) -> int:
+        """Nanoseconds that the step takes, at least 1; integers throughout, so that every machine gets the same."""
+        kind, values = features(plan)
+        ranges, own = self._ranges.get(kind), self._coefficients.get(kind)
+        if ranges is None or not all(low <= v <= high for v, (low, high) in zip(values, ranges, strict=True)):
+            self.num_extrapolated += 1
+        used = self._coefficients.values() if own is None else (own,)
+        return max(1, *(_rounded(c[0] + sum(map(int.__mul__, c[1:], values))) for c in used))
+
+
+def _rounded(ps: int) -> int:
+    """Whole ns."""
+    return (ps + 500) // 1000
+
+
+def num_extrapolated(cost: CostModel) -> int:
+    """Steps that a measured model has been asked about and that nobody measured; 0 for all other models."""
+    return cost.num_extrapolated if isinstance(cost, Measured) else 0
+
+
 def cost_model(settings: CostSettings) -> CostModel:
-    """The cost model that a scenario asks for."""
+    """The cost model that a scenario asks for. ScenarioError: its calibration file is wrong."""
     if isinstance(settings, FixedCost):
         return Fixed(settings.step_ns)
     if isinstance(settings, LinearCost):
         return Linear(settings.base_ns, settings.per_token_ns)
+    if isinstance(settings, MeasuredCost):
+        return Measured(load_calibration(settings.file))
     decoder, accelerator = DECODERS[settings.model], ACCELERATORS[settings.device]
     return Roofline(decoder, accelerator, settings.tensor_parallel, settings.overhead_ns)

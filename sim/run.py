@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from invariants.violation import Violation
 from sim.build import build_auditor, build_core, cache_spec, open_backend
 from sim.cache_hash import cache_hash
-from sim.cost_model import cost_model
+from sim.cost_model import cost_model, num_extrapolated
 from sim.deep import DeepResult, judge_deep
 from sim.engine import Engine, Parts, Progress
 from sim.event_log import EventLog
@@ -109,6 +109,7 @@ def _run(
 ) -> Report:
     clocks = _Clocks()
     core = build_core(scenario, mutant)
+    cost = cost_model(scenario.cost)
     script = RequestScript(scenario, prompt_tokens)
     if workload is None:
         workload = generate(scenario)
@@ -132,7 +133,7 @@ def _run(
                 core=core,
                 backend=backend,
                 script=script,
-                cost=cost_model(scenario.cost),
+                cost=cost,
                 workload=workload,
                 faults=faults,
                 recorder=recorder,
@@ -252,6 +253,7 @@ def _summary(
         "backend": scenario.backend.kind,
         "device": described,
         **figures,
+        "cost": {"kind": scenario.cost.kind, "extrapolated_steps": num_extrapolated(parts.cost)},
         "invariants": {
             **(auditor.counters() if auditor is not None else {}),
             **(deep.counters if deep is not None else {}),

@@ -40,6 +40,7 @@ def _app() -> typer.Typer:
 
     from sim.cli import (
         audit_command,
+        calibrate_command,
         inspect_commands,
         record_commands,
         run_command,
@@ -66,6 +67,7 @@ def _app() -> typer.Typer:
         inspect_commands,
         audit_command,
         tool_commands,
+        calibrate_command,
     )
     for group in groups:
         group.register(app)

@@ -8,6 +8,7 @@ from backends.protocol import BackendUnavailableError
 from backends.tpu_targets import UnknownTargetError
 from reports.record import RecordError
 from sim.build import SetupError
+from sim.calibration.measure import CalibrationError
 from sim.cores.checked import CoreFormError
 from sim.cores.registry import UnknownCoreError
 from sim.exit_codes import ExitCode
@@ -26,6 +27,7 @@ USAGE_ERRORS = (
     SetupError,
     CoreFormError,
     UnknownTargetError,
+    CalibrationError,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -87,6 +87,11 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for check in summary["expectations"]:
         if not check["held"]:
             yield f"not as expected: {check['name']} is {check['found']}, expected {check['expected']}"
+    if extrapolated := summary["cost"]["extrapolated_steps"]:
+        yield (
+            f"warning: {extrapolated:,} steps lie outside what the calibration measured; their times are extrapolated"
+            " (kvproof calibrate with a scenario that has such steps)"
+        )
     checked = sum(1 for counts in summary["invariants"].values() if counts["checked"])
     yield (
         f"{summary['verdict'].upper()}: {summary['name']}: {summary['steps']:,} steps, "

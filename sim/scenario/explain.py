@@ -37,52 +37,52 @@ _TYPES = {
 """What was expected, by pydantic's name of the error."""
 
 
-def explain(error: ValidationError, data: dict[str, Any]) -> list[Problem]:
-    """Each error as a key path of `data` and what is wrong there."""
+def explain(error: ValidationError, data: dict[str, Any], root: type[Section] = Scenario) -> list[Problem]:
+    """Each error as a key path of `data`, which should be a `root`, and what is wrong there."""
     problems: list[Problem] = []
     for item in error.errors(include_url=False):
         if item["type"] == "contradiction":
             problems.extend(cast("list[Problem]", item.get("ctx", {})["problems"]))
         else:
-            problems.append(_one(item, data))
+            problems.append(_one(item, data, root))
     return problems
 
 
-def _one(item: ErrorDetails, data: dict[str, Any]) -> Problem:
+def _one(item: ErrorDetails, data: dict[str, Any], root: type[Section]) -> Problem:
     kind, path = item["type"], _key_path(item, data)
     if kind == "union_tag_invalid":
         path = (*path, "kind")
     if special := _SPECIAL.get(kind):
-        return path, special(item)
+        return path, special(item, root)
     shown = found(item["input"])
     if expected := _TYPES.get(kind):
         return path, f"expected {expected.format(**item.get('ctx', {}))}, found {shown}"
     return path, f"{item['msg']}, found {shown}"
 
 
-def _unknown_key(item: ErrorDetails) -> str:
-    return f"unknown key{did_you_mean(str(item['loc'][-1]), _known_keys(item['loc']))}"
+def _unknown_key(item: ErrorDetails, root: type[Section]) -> str:
+    return f"unknown key{did_you_mean(str(item['loc'][-1]), _known_keys(item['loc'], root))}"
 
 
-def _unknown_value(item: ErrorDetails) -> str:
+def _unknown_value(item: ErrorDetails, _: type[Section]) -> str:
     """A key of a mapping with fixed keys is validated as a value too; pydantic marks it with "[key]"."""
     noun = "key" if item["loc"][-1] == "[key]" else "value"
     known = _quoted(item.get("ctx", {})["expected"])
     return f"unknown {noun} {found(item['input'])}{did_you_mean(str(item['input']), known)}"
 
 
-def _unknown_kind(item: ErrorDetails) -> str:
+def _unknown_kind(item: ErrorDetails, _: type[Section]) -> str:
     ctx = item.get("ctx", {})
     return f"unknown kind {found(ctx['tag'])}{did_you_mean(ctx['tag'], _quoted(ctx['expected_tags']))}"
 
 
-def _no_kind(item: ErrorDetails) -> str:
-    return f"the key 'kind' is missing (known: {', '.join(_known_kinds(item['loc']))})"
+def _no_kind(item: ErrorDetails, root: type[Section]) -> str:
+    return f"the key 'kind' is missing (known: {', '.join(_known_kinds(item['loc'], root))})"
 
 
-_SPECIAL: dict[str, Callable[[ErrorDetails], str]] = {
-    "missing": lambda _: "the key is missing",
-    "invalid_key": lambda _: "unknown key: keys are text",
+_SPECIAL: dict[str, Callable[[ErrorDetails, type[Section]], str]] = {
+    "missing": lambda _item, _root: "the key is missing",
+    "invalid_key": lambda _item, _root: "unknown key: keys are text",
     "extra_forbidden": _unknown_key,
     "literal_error": _unknown_value,
     "union_tag_invalid": _unknown_kind,
@@ -115,17 +115,17 @@ def _step(node: object, step: str | int) -> object:
     return _ABSENT
 
 
-def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    return [field.alias or name for model in _models_at(loc[:-1]) for name, field in model.model_fields.items()]
+def _known_keys(loc: tuple[str | int, ...], root: type[Section]) -> list[str]:
+    return [field.alias or name for model in _models_at(loc[:-1], root) for name, field in model.model_fields.items()]
 
 
-def _known_kinds(loc: tuple[str | int, ...]) -> list[str]:
-    return [kind for model in _models_at(loc) for kind in _kinds(model)]
+def _known_kinds(loc: tuple[str | int, ...], root: type[Section]) -> list[str]:
+    return [kind for model in _models_at(loc, root) for kind in _kinds(model)]
 
 
-def _models_at(loc: Iterable[str | int]) -> list[type[Section]]:
+def _models_at(loc: Iterable[str | int], root: type[Section]) -> list[type[Section]]:
     """The sections that may stand at a location, found through the field annotations."""
-    models: list[type[Section]] = [Scenario]
+    models: list[type[Section]] = [root]
     for step in loc:
         fields = [field for m in models for name, field in m.model_fields.items() if step in {name, field.alias}]
         if fields:

@@ -18,18 +18,19 @@ from sim.scenario.models import Scenario
 from sim.scenario.overrides import apply_overrides
 from sim.scenario.source import KeyPath, Source, read_source, yaml_engine
 
-_FILE_SECTIONS: tuple[KeyPath, ...] = (
-    ("workload", "arrivals"),
-    ("workload", "prompt_tokens"),
-    ("workload", "output_tokens"),
+_FILES: tuple[KeyPath, ...] = (
+    ("workload", "arrivals", "path"),
+    ("workload", "prompt_tokens", "path"),
+    ("workload", "output_tokens", "path"),
+    ("cost", "file"),
 )
-"""Sections that may name a file with their key `path`."""
+"""Keys that may name a file."""
 
 
 def load_scenario(path: str | Path, overrides: Iterable[str] = (), seed: int | None = None) -> Scenario:
     """Load a scenario file with `key.path=value` overrides and another seed laid over it.
 
-    Paths of trace files become absolute: from the scenario's folder, or from the working folder where an override
+    Paths of files become absolute: from the scenario's folder, or from the working folder where an override
     gave them. ScenarioError: one line `file:line:column: key.path: what is wrong` for every problem.
     """
     source = read_source(Path(path))
@@ -51,15 +52,14 @@ def load_scenario(path: str | Path, overrides: Iterable[str] = (), seed: int | N
 def _resolve_files(source: Source) -> list[tuple[KeyPath, str]]:
     """Make the paths in the data absolute; the problems of those that are no file."""
     wrong: list[tuple[KeyPath, str]] = []
-    for section in _FILE_SECTIONS:
-        node = _at(source.data, section)
-        name = node.get("path") if node is not None else None
+    for where in _FILES:
+        node, key = _at(source.data, where[:-1]), where[-1]
+        name = node.get(key) if node is not None else None
         if node is None or not isinstance(name, str) or not name:
             continue
-        where = (*section, "path")
         base = Path.cwd() if source.flag(where) else Path(source.name).parent
         full = (base / name).resolve()
-        node["path"] = str(full)
+        node[key] = str(full)
         if full.is_dir():
             wrong.append((where, f"'{name}' is a directory: expected a file"))
         elif not full.exists():
@@ -67,7 +67,7 @@ def _resolve_files(source: Source) -> list[tuple[KeyPath, str]]:
     return wrong
 
 
-def _at(data: Any, path: KeyPath) -> dict[str, Any] | None:
+def _at(data: Any, path: KeyPath) -> dict[str | int, Any] | None:
     for key in path:
         data = data.get(key) if isinstance(data, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return data if isinstance(data, dict) else None  # pyright: ignore[reportUnknownVariableType]
@@ -76,10 +76,10 @@ def _at(data: Any, path: KeyPath) -> dict[str, Any] | None:
 def scenario_text(scenario: Scenario, folder: str | Path | None = None) -> str:
     """The scenario as YAML with every default written out; files are named relative to `folder` where one is given."""
     data = scenario.model_dump(mode="json", by_alias=True)
-    for section in _FILE_SECTIONS:
-        node = _at(data, section)
-        if folder is not None and node is not None and "path" in node:
-            node["path"] = _relative(node["path"], Path(folder))
+    for *section, key in _FILES:
+        node = _at(data, tuple(section))
+        if folder is not None and node is not None and key in node:
+            node[key] = _relative(node[key], Path(folder))
     yaml = yaml_engine("safe")
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
@@ -96,17 +96,17 @@ def _relative(path: str, folder: Path) -> str:
 
 
 def dump_scenario(scenario: Scenario, path: str | Path) -> None:
-    """Write a scenario file that loads as an equal scenario, also after both it and its traces have moved together."""
+    """Write a scenario file that loads as an equal scenario, also after both it and its files have moved together."""
     Path(path).write_text(scenario_text(scenario, Path(path).parent), encoding="utf-8")
 
 
 def scenario_hash(scenario: Scenario) -> str:
-    """16 hex digits over every key; of a trace file its name counts, not its folder."""
+    """16 hex digits over every key; of a file its name counts, not its folder."""
     data = scenario.model_dump(mode="json", by_alias=True)
-    for section in _FILE_SECTIONS:
-        node = _at(data, section)
-        if node is not None and "path" in node:
-            node["path"] = Path(node["path"]).name
+    for *section, key in _FILES:
+        node = _at(data, tuple(section))
+        if node is not None and key in node:
+            node[key] = Path(node[key]).name
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

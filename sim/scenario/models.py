@@ -134,7 +134,14 @@ class RooflineCost(Section):
     overhead_ns: Nanoseconds = Field(default=0, description="Added to every step, in ns.")
 
 
-CostSettings = Annotated[FixedCost | LinearCost | RooflineCost, Field(discriminator="kind")]
+class MeasuredCost(Section):
+    """What a device really took for such steps: the model that `kvproof calibrate` fitted."""
+
+    kind: Literal["measured"] = Field(description="A calibration file.")
+    file: str = Field(min_length=1, description="Made by `kvproof calibrate`; relative to this file.")
+
+
+CostSettings = Annotated[FixedCost | LinearCost | RooflineCost | MeasuredCost, Field(discriminator="kind")]
 
 
 class CancelFault(Section):

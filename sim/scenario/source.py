@@ -63,10 +63,13 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def read_source(path: Path) -> Source:
-    """Read a YAML 1.2 file; ScenarioError: it is missing, unreadable, no text, no YAML or no mapping."""
+def read_source(path: Path, what: str = "scenario") -> Source:
+    """Read a YAML 1.2 file; ScenarioError: it is missing, unreadable, no text, no YAML or no mapping.
+
+    `what` it should be stands in the error.
+    """
     name = str(path)
-    text = _text(path)
+    text = _text(path, what)
     try:
         data = yaml_engine("rt").load(StringIO(text))
         values = iter(range(MAX_VALUES))
@@ -83,16 +86,16 @@ def read_source(path: Path) -> Source:
     except StopIteration:
         raise ScenarioError([f"{name}:1:1: more than {MAX_VALUES} values, aliases counted each time"]) from None
     if plain is None:
-        raise ScenarioError([f"{name}:1:1: the file is empty: expected a scenario"])
+        raise ScenarioError([f"{name}:1:1: the file is empty: expected a {what}"])
     if not isinstance(plain, dict):
         raise ScenarioError([f"{name}:1:1: expected a mapping of keys, found {found(plain)}"])
     return Source(name, cast("dict[str, Any]", plain), places)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, what: str) -> str:
     name = str(path)
     if path.is_dir():
-        raise ScenarioError([f"{name}: is a directory: expected a scenario file"])
+        raise ScenarioError([f"{name}: is a directory: expected a {what} file"])
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -102,9 +105,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise ScenarioError([f"{name}: cannot read the file: {error.strerror or error}"]) from None
     if len(raw) > MAX_BYTES:
-        raise ScenarioError(
-            [f"{name}: {len(raw)} bytes, but a scenario has at most {MAX_BYTES}; traces are files apart"]
-        )
+        raise ScenarioError([f"{name}: {len(raw)} bytes, but a {what} has at most {MAX_BYTES}; traces are files apart"])
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

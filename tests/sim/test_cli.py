@@ -26,20 +26,6 @@ def scenario(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def kvproof(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a command line in an empty folder; (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
-
-
 def test_help_needs_neither_jax_nor_matplotlib_nor_simpy() -> None:
     program = (
         "import sys\nfrom sim.cli import main\n"

@@ -71,7 +71,7 @@ def edited(old: str, new: str) -> str:
         (
             "{kind: fixed, step_ns: 1e3}",
             "{step_ns: 1e3}",
-            "10:1: cost: the key 'kind' is missing (known: fixed, linear, roofline)",
+            "10:1: cost: the key 'kind' is missing (known: fixed, linear, roofline, measured)",
         ),
         (
             "request_rate: 10.0",
@@ -227,7 +227,7 @@ def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
         "s.yaml:1:1: name: the key is missing",
         "s.yaml:2:1: nam: unknown key (did you mean 'name'?)",
         "s.yaml:4:9: cache.page_size: expected at least 1, found 0",
-        "s.yaml:10:1: cost: the key 'kind' is missing (known: fixed, linear, roofline)",
+        "s.yaml:10:1: cost: the key 'kind' is missing (known: fixed, linear, roofline, measured)",
     ]
 
 

@@ -26,6 +26,7 @@ NAMES = {
     "page-starved",
     "single-slot",
     "lag-two",
+    "calibrate-tiny",
     "cancel-storm",
     "code-completion-azure-shaped",
     "mooncake-shaped",

@@ -126,6 +126,8 @@ def prepare() -> None:
 
     # Tracing puts constants on a device, and a TPU that is there may be in use.
     jax.config.update("jax_platforms", "cpu")
+    # Programs for devices that are not there can be written to the cache, and not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _first_line(error: Exception) -> str:

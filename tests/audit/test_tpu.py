@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from backends.jax_programs import Programs
 from backends.tpu_targets import FUNCTIONS, find_target
 from sim.audit import FOR_TPU, TargetReport, audit
 from sim.mutants.edit import Edit, applied
@@ -31,6 +32,17 @@ def audited() -> Callable[..., TargetReport]:
         return audit(load_scenario(EXAMPLE, [*FOR_TPU, ONE_LAYER, *overrides]), find_target(target), only=only)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes a cache fails: nothing of its size may be allocated."""
+
+    def refuse(programs: Programs) -> Any:
+        raise AssertionError(f"the audit makes the pools of {programs}")
+
+    monkeypatch.setattr(Programs, "new_pools", refuse)
+    monkeypatch.setattr(Programs, "new_state", refuse)
 
 
 def why(report: TargetReport) -> dict[str, str]:

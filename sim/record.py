@@ -87,6 +87,7 @@ class Recorder:
         self._last_end_ns = NEVER
         self.in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
         """The plan of each step in flight, oldest first, and its GAUGES."""
+        self._failed_gauges: list[tuple[int, ...]] = []
         self._unwritten: StepPlan | None = None
         """The newest plan, where what it writes is not yet noted: where the next has the same rows, it need not be."""
         self._decodes_only: Ints = _NOBODY
@@ -106,6 +107,13 @@ class Recorder:
     def series(self) -> dict[str, NDArray[np.signedinteger]]:
         """SERIES, each as an int64 array with one entry per completed step."""
         return dict(zip(SERIES, self._series.values().reshape(-1, len(SERIES)).T, strict=True))
+
+    def planned_gauges(self) -> dict[str, NDArray[np.signedinteger]]:
+        """GAUGES of each plan, also of those that never ran or have not come back; in no order."""
+        others = [*self._failed_gauges, *(gauges for _, gauges in self.in_flight)]
+        columns = np.array(others, np.int64).reshape(-1, len(GAUGES)).T
+        series = self.series
+        return {name: np.concatenate((series[name], more)) for name, more in zip(GAUGES, columns, strict=True)}
 
     def page_events(self) -> dict[str, NDArray[np.signedinteger]]:
         """`page_time_ns`, `page_id` and `page_owner` of each change: a request, FREE or FENCED."""
@@ -207,9 +215,10 @@ class Recorder:
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """The newest plan never ran: its positions are taken back."""
-        newest, _ = self.in_flight.pop()
+        newest, gauges = self.in_flight.pop()
         if newest.step != plan.step:
             raise ValueError(f"only the newest plan (step {newest.step}) can be abandoned, not step {plan.step}")
+        self._failed_gauges.append(gauges)
         self.hash.abandoned(plan.step, effects)
         self._note_written()
         self._rows.written[plan.request] = plan.start

@@ -1,18 +1,20 @@
 """What must happen in some run: the corners that a scenario library has to reach, and how often a run reached each.
 
 A statement that always holds is worth nothing where its hard cases never come up. Counts follow from effects and plans;
-what a step costs does not depend on how many tokens it has, and a step in which nothing changes costs next to nothing.
+what a step costs does not depend on how many tokens it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from typing import Final
+
+import numpy as np
 
 from paged_attention.plan import Effect, Ints, Request, StepPlan
 from sim.observer import Bystander
 from sim.record import Recorder
-from sim.request_table import LIVE
+from sim.request_table import FINISHED, LIVE, NEVER, REJECTED
 
 SOMETIMES: Final = {
     "request-refused": "A request is refused at submission.",
@@ -90,19 +92,12 @@ class _Live:
 
 
 class Sometimes(Bystander):
-    """An observer that counts."""
+    """An observer that counts what only the order of events shows; the rest is read off the record at the end."""
 
     def __init__(self, recorder: Recorder) -> None:
         policy = recorder.policy
         self._hits = dict.fromkeys(SOMETIMES, 0)
-        self._standing: tuple[str, ...] = ()
-        """What the newest plan shows, and so does each one after it until something changes."""
-        self._calm_plans = 0
-        """Plans since then that are not counted yet."""
-        self._calm_slots: Ints | None = None
-        """The slots of a plan without prefills, as long as nothing has changed since."""
         self._recorder, self._policy = recorder, policy
-        self._last_page = policy.num_pages - 1
         self._live: dict[int, _Live] = {}
         self._prefilling: set[int] = set()
         self._joining: set[int] = set()
@@ -111,41 +106,61 @@ class Sometimes(Bystander):
         """Pages that left a fence and were not handed out since."""
         self._decodes: StepPlan | None = None
         """The newest plan with decodes."""
-        self._submitted_ns = -1
+        self._no_prefills: Ints | None = None
+        """The slots of the newest plan, where it has no prefills."""
         self._was_idle = False
 
     @property
     def hits(self) -> dict[str, int]:
         """How often each of SOMETIMES happened."""
-        for name in self._standing:
-            self._hits[name] += self._calm_plans
-        self._calm_plans = 0
-        return self._hits
+        return {**self._hits, **self._of_requests(), **self._of_plans()}
 
     @property
     def num_reached(self) -> int:
         """How many of them happened at all."""
         return sum(count > 0 for count in self.hits.values())
 
+    def _of_requests(self) -> dict[str, int]:
+        """What arrivals, prompts and ends show."""
+        table, size = self._recorder.requests, self._policy.page_size
+        prompt = table.prompt_tokens[(table.arrival_ns != NEVER) & (table.state != REJECTED)]
+        arrival_ns = table.arrival_ns[table.arrival_ns != NEVER]
+        ends = Counter(table.reason.get(request) for request in np.flatnonzero(table.state == FINISHED).tolist())
+        counts = {
+            "request-refused": table.state == REJECTED,
+            "arrivals-at-one-instant": arrival_ns[1:] == arrival_ns[:-1],
+            "prompt-of-one-token": prompt == 1,
+            "prompt-short-of-page": prompt % size == size - 1,
+            "prompt-fills-page": prompt % size == 0,
+            "prompt-past-page": prompt % size == 1,
+        }
+        by_end = {f"end-by-{why.replace('_', '-')}": ends[why] for why in ("eos", "max_tokens", "length")}
+        return {name: int(np.count_nonzero(which)) for name, which in counts.items()} | by_end
+
+    def _of_plans(self) -> dict[str, int]:
+        """What the gauges of all plans show, also of those that did not run, and the pages handed out."""
+        gauges = self._recorder.planned_gauges()
+        prefills, decodes = gauges["prefill_tokens"] > 0, gauges["decode_tokens"] > 0
+        moves = self._recorder.page_events()
+        last = (moves["page_id"] == self._policy.num_pages - 1) & (moves["page_owner"] >= 0)
+        counts = {
+            "prefill-alone": ~decodes,
+            "decodes-alone": decodes & ~prefills,
+            "mixed-step": decodes & prefills,
+            "all-slots-used": gauges["slots_used"] == self._policy.batch_size,
+            "last-page": last,
+        }
+        return {name: int(np.count_nonzero(which)) for name, which in counts.items()}
+
     # Requests.
 
     def submitted(self, now_ns: int, request: Request, effects: tuple[Effect, ...], refusal: str | None) -> None:
         """See Observer."""
-        self._calm_slots = None
-        hits, size, prompt = self._hits, self._policy.page_size, len(request.prompt)
-        hits["arrivals-at-one-instant"] += now_ns == self._submitted_ns
-        self._submitted_ns = now_ns
-        if refusal is not None:
-            hits["request-refused"] += 1
-            return
-        hits["woken-from-idle"] += self._was_idle
-        self._was_idle = False
-        hits["prompt-of-one-token"] += prompt == 1
-        hits["prompt-short-of-page"] += prompt % size == size - 1
-        hits["prompt-fills-page"] += prompt % size == 0
-        hits["prompt-past-page"] += prompt % size == 1
-        limit = min(request.max_tokens, self._policy.max_sequence_length - prompt + 1)
-        self._live[request.id] = _Live(prompt + limit - 1)
+        if refusal is None:
+            self._hits["woken-from-idle"] += self._was_idle
+            self._was_idle = False
+            limit = min(request.max_tokens, self._policy.max_sequence_length - len(request.prompt) + 1)
+            self._live[request.id] = _Live(len(request.prompt) + limit - 1)
 
     def cancelled(self, now_ns: int, request: int, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
@@ -153,7 +168,6 @@ class Sometimes(Bystander):
         if live is None or not effects:
             self._hits["cancel-gone"] += 1
             return
-        self._calm_slots = None
         ends = [
             plan.start.item(row) + plan.count.item(row)
             for plan, _ in self._recorder.in_flight
@@ -174,48 +188,30 @@ class Sometimes(Bystander):
 
     def planned(self, now_ns: int, plan: StepPlan) -> None:
         """See Observer."""
-        if plan.slot is self._calm_slots and not plan.effects:
-            self._calm_plans += 1
-            self._decodes = plan
-            return
-        hits = self.hits
         if plan.effects:
             self._follow(plan.effects)
-        prefills, rows = 0, len(plan.slot)
-        while prefills < rows and plan.slot.item(prefills) < 0:
-            self._prefill(plan, prefills)
-            prefills += 1
-        self._standing = (*self._runs(plan, prefills), *self._who_waits(plan.step, prefills))
-        for name in self._standing:
-            hits[name] += 1
-        self._calm_slots = None if prefills else plan.slot
-
-    def _runs(self, plan: StepPlan, prefills: int) -> Iterator[str]:
-        if prefills < len(plan.slot):
+        slot, prefills = plan.slot, 0
+        if slot is not self._no_prefills:
+            prefills = self._prefills(plan)
+            self._no_prefills = None if prefills else slot
+        if prefills < len(slot):
             self._decodes = plan
-            yield "mixed-step" if prefills else "decodes-alone"
-        else:
-            yield "prefill-alone"
-            if self._policy.mix == "prefill_first" and self._decodes_wait():
-                yield "decodes-wait-for-prefill"
-        if self._recorder.slots_used == self._policy.batch_size:
-            yield "all-slots-used"
+        elif self._policy.mix == "prefill_first":
+            self._hits["decodes-wait-for-prefill"] += self._decodes_wait()
+        if self._prefilling or self._joining or self._recorder.waiting:
+            self._who_waits(plan.step, prefills)
 
     def _follow(self, effects: tuple[Effect, ...]) -> None:
         """Take in what a plan changed."""
-        hits, prefilling, last_page, victims = self._hits, self._prefilling, self._last_page, 0
-        granted = False
+        hits, prefilling, victims = self._hits, self._prefilling, 0
         released: set[int] = set()
         for effect in effects:
-            kind, request, _, _, first_page, pages, _ = effect
+            kind = effect.kind
             if kind == "allocated":
-                granted = True
-                if first_page and request not in prefilling:
+                if effect.first_page and effect.request not in prefilling:
                     hits["decode-crosses-page"] += 1
-                if last_page in pages:
-                    hits["last-page"] += 1
                 if released or self._unfenced:
-                    self._regranted(pages, released)
+                    self._regranted(effect.pages, released)
             elif kind == "joined":
                 self._joined(effect)
             elif kind == "admitted":
@@ -224,11 +220,10 @@ class Sometimes(Bystander):
                 victims += 1
                 self._preempted(effect)
             elif kind == "freed":
-                released.update(pages)
-        if granted and not self._recorder.pages_free:
-            hits["exact-fit"] += 1
-        if victims > 1:
-            hits["two-victims"] += 1
+                released.update(effect.pages)
+        if not self._recorder.pages_free:
+            hits["exact-fit"] += any(effect.kind == "allocated" for effect in effects)
+        hits["two-victims"] += victims > 1
 
     def _regranted(self, pages: tuple[int, ...], released: set[int]) -> None:
         """Pages are handed out; `released` were given back in the same plan."""
@@ -266,6 +261,14 @@ class Sometimes(Bystander):
         self._prefilling.discard(effect.request)
         self._joining.discard(effect.request)
 
+    def _prefills(self, plan: StepPlan) -> int:
+        """Take in the prefill rows, which come first; return how many they are."""
+        row, rows = 0, len(plan.slot)
+        while row < rows and plan.slot.item(row) < 0:
+            self._prefill(plan, row)
+            row += 1
+        return row
+
     def _prefill(self, plan: StepPlan, row: int) -> None:
         """Take in the chunk of a prompt."""
         request, start, count = plan.request.item(row), plan.start.item(row), plan.count.item(row)
@@ -296,18 +299,17 @@ class Sometimes(Bystander):
         running = ((self._live.get(request), end) for request, end in ends)
         return any(live is not None and live.state == _RUNNING and end < live.last for live, end in running)
 
-    def _who_waits(self, step: int, prefills: int) -> Iterator[str]:
-        recorder, joining = self._recorder, self._joining
-        if joining and any(self._live[request].joining_since < step for request in joining):
-            yield "joining-waits"
-        decode_first = self._policy.mix == "decode_first"
+    def _who_waits(self, step: int, prefills: int) -> None:
+        hits, recorder, joining = self._hits, self._recorder, self._joining
+        hits["joining-waits"] += any(self._live[request].joining_since < step for request in joining)
         if prefills:
             return
+        decode_first = self._policy.mix == "decode_first"
         if self._prefilling:
-            yield "prefill-waits-for-decodes" if decode_first else "prefill-waits-for-pages"
+            hits["prefill-waits-for-decodes" if decode_first else "prefill-waits-for-pages"] += 1
         elif recorder.waiting and not decode_first:
             reserved = recorder.slots_used + len(joining) >= self._policy.batch_size
-            yield "head-waits-for-slot" if reserved else "head-waits-for-pages"
+            hits["head-waits-for-slot" if reserved else "head-waits-for-pages"] += 1
 
     def idle(self, now_ns: int) -> None:
         """See Observer."""
@@ -317,7 +319,6 @@ class Sometimes(Bystander):
         """See Observer."""
         if not effects:
             return
-        self._calm_slots = None
         hits, ends = self._hits, 0
         for effect in effects:
             if effect.kind == "ended":
@@ -328,7 +329,6 @@ class Sometimes(Bystander):
 
     def _ended(self, effect: Effect, step: int) -> None:
         hits, live = self._hits, self._live.get(effect.request)
-        hits["end-by-" + effect.reason.replace("_", "-")] += 1
         if live is not None and live.first_step == step:
             hits["eos-first-token" if effect.reason == "eos" else "end-at-first-token"] += 1
         if effect.reason == "eos" and any(
@@ -346,7 +346,6 @@ class Sometimes(Bystander):
 
     def abandoned(self, now_ns: int, plan: StepPlan, effects: tuple[Effect, ...]) -> None:
         """See Observer."""
-        self._calm_slots = None
         hits = self._hits
         hits["failed-with-prefill"] += plan.slot.item(0) < 0
         hits["failed-with-join"] += any(effect.kind == "joined" for effect in plan.effects)

@@ -11,56 +11,23 @@ lag, the next step is already dispatched by then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import simpy
 
-from backends.protocol import Backend, Pending
-from invariants.auditor import Auditor
+from backends.protocol import Pending
 from paged_attention.plan import CoreSnapshot, Effect, StepPlan
 from sim.clock import Moment, Order
 from sim.cores.checked import CoreFormError, raised
 from sim.cores.protocol import ServingCore
-from sim.cost_model import CostModel
 from sim.disturbances import Disturber
-from sim.faults import FaultSchedule
-from sim.observer import Observer, listeners
+from sim.observer import listeners
 from sim.part_calls import PartError, ask, part_error
-from sim.record import Recorder
-from sim.script import RequestScript
-from sim.workload.arrival import Arrival, Workload
+from sim.parts import Parts, Progress
+from sim.workload.arrival import Arrival
 
 PROGRESS_EVERY_STEPS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run has come."""
-
-    steps: int
-    submitted: int
-    done: int
-    """Requests finished, cancelled or rejected."""
-    total: int | None
-    """Requests to come in all, where that is known."""
-    now_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a simulation is made of."""
-
-    core: ServingCore
-    backend: Backend
-    script: RequestScript
-    cost: CostModel
-    workload: Workload
-    faults: FaultSchedule
-    recorder: Recorder
-    auditor: Auditor | None = None
-    observers: Sequence[Observer] = ()
 
 
 class Engine:
@@ -244,10 +211,35 @@ class Engine:
 
     # Steps.
 
-    def _step_ends(self, _: simpy.Event) -> None:
+    def _step_ends(self, event: simpy.Event) -> None:
+        """The oldest step in flight has ended."""
+        auditor, recorder = self._auditor, self._recorder
         now: Any = self._env.now
-        self.now_ns = now
-        self._complete()
+        self.now_ns = now_ns = now
+        plan, pending, _ = self._flights.popleft()
+        try:
+            outcome = pending.result()
+        except Exception as error:
+            raise part_error(plan.step, pending.result, error) from error
+        recorder.executed(self._started_ns, now_ns, outcome)
+        if auditor is not None:
+            auditor.executed(now_ns, plan, outcome)
+        for executed in self._on_executed:
+            executed(now_ns, plan, outcome)
+        try:
+            effects = self._core.apply(outcome)
+        except Exception as error:
+            raise part_error(plan.step, self._core.apply, error) from error
+        recorder.applied(now_ns, effects)
+        if auditor is not None:
+            auditor.applied(now_ns, plan.step, effects, self._snapshot)
+        for applied in self._on_applied:
+            applied(now_ns, plan.step, effects)
+        if effects:
+            self._count_ends(effects)
+            self._feed()
+        if self._progress is not None and recorder.steps % PROGRESS_EVERY_STEPS == 0:
+            self._report()
         self._go_on()
 
     def _resume(self, _: simpy.Event) -> None:
@@ -358,34 +350,6 @@ class Engine:
             abandoned(now_ns, plan, effects)
         # Even a step of no duration must not be planned anew at the same instant for ever.
         self._failed_ns = max(self._cost.duration_ns(plan), 1)
-
-    def _complete(self) -> None:
-        """The oldest step in flight has ended."""
-        now_ns, auditor, recorder = self.now_ns, self._auditor, self._recorder
-        plan, pending, _ = self._flights.popleft()
-        try:
-            outcome = pending.result()
-        except Exception as error:
-            raise part_error(plan.step, pending.result, error) from error
-        recorder.executed(self._started_ns, now_ns, outcome)
-        if auditor is not None:
-            auditor.executed(now_ns, plan, outcome)
-        for executed in self._on_executed:
-            executed(now_ns, plan, outcome)
-        try:
-            effects = self._core.apply(outcome)
-        except Exception as error:
-            raise part_error(plan.step, self._core.apply, error) from error
-        recorder.applied(now_ns, effects)
-        if auditor is not None:
-            auditor.applied(now_ns, plan.step, effects, self._snapshot)
-        for applied in self._on_applied:
-            applied(now_ns, plan.step, effects)
-        if effects:
-            self._count_ends(effects)
-            self._feed()
-        if self._progress is not None and recorder.steps % PROGRESS_EVERY_STEPS == 0:
-            self._report()
 
     def _count_ends(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:

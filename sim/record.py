@@ -169,7 +169,7 @@ class Recorder:
             self._note_written()
         self._unwritten = plan
         num_tokens = len(plan.tokens)
-        prefill_tokens = self._prefill_tokens(plan)
+        prefill_tokens = 0 if plan.slot is self._decodes_only else self._prefill_tokens(plan)
         self.live_tokens += num_tokens
         self.scheduled_tokens += num_tokens
         gauges = (
@@ -231,8 +231,9 @@ class Recorder:
         """The run is over: what is still open ends here."""
         self._leave(self._streaming)
         self._streaming, self._streaming_rows, self._packed_streaming_rows = set(), _NOBODY, b""
-        for request in [request for request, kind in enumerate(self._rows.segment) if kind != NO_SEGMENT]:
-            self._segment(now_ns, request, NO_SEGMENT)
+        for request, kind in enumerate(self._rows.segment[: self.num_requests]):
+            if kind != NO_SEGMENT:
+                self._segment(now_ns, request, NO_SEGMENT)
 
     def totals(self, now_ns: int) -> Totals:
         """What was counted, for the auditor to compare with its own books."""
@@ -280,8 +281,6 @@ class Recorder:
 
     def _prefill_tokens(self, plan: StepPlan) -> int:
         """Tokens of the prefill rows, which come first; counts those among them that an earlier admission wrote."""
-        if plan.slot is self._decodes_only:
-            return 0
         total = 0
         row, rows = 0, len(plan.slot)
         request: int

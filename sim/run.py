@@ -14,7 +14,7 @@ from sim.build import build_auditor, build_core, cache_spec, open_backend
 from sim.cache_hash import cache_hash
 from sim.cost_model import cost_model, num_extrapolated
 from sim.deep import DeepResult, judge_deep
-from sim.engine import Engine, Parts, Progress
+from sim.engine import Engine
 from sim.event_log import EventLog
 from sim.exit_codes import ExitCode
 from sim.expect import FIRST, Check, check_expectations
@@ -24,6 +24,7 @@ from sim.metrics import run_figures
 from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
 from sim.part_calls import PartError
+from sim.parts import Parts, Progress
 from sim.planlog import PlanLogWriteError, PlanLogWriter
 from sim.record import Recorder
 from sim.run_folder import SUMMARY_SCHEMA, write_failure, write_record, write_scenario

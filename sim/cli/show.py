@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sim.engine import Progress
+    from sim.parts import Progress
 
 WIDTH: Final = 58
 TITLES: Final = {

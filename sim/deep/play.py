@@ -22,11 +22,12 @@ from sim.deep.places import NOBODY, PlaceProbe
 from sim.deep.poisoner import Poisoner
 from sim.deep.tape import Tape, Taping
 from sim.deep.world import World
-from sim.engine import Engine, Parts
+from sim.engine import Engine
 from sim.event_log import EventLog
 from sim.faults import FaultSchedule
 from sim.observer import Bystander, Observer
 from sim.part_calls import PartError
+from sim.parts import Parts
 from sim.planlog import PlanLogWriter
 from sim.record import Recorder
 from sim.script import RequestScript

@@ -69,8 +69,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_RECORDER}.planned",
-                "prefill_tokens = self._prefill_tokens(plan)",
-                "prefill_tokens = self._prefill_tokens(plan)\n"
+                "prefill_tokens = 0 if plan.slot is self._decodes_only else self._prefill_tokens(plan)",
+                "prefill_tokens = 0 if plan.slot is self._decodes_only else self._prefill_tokens(plan)\n"
                 "    prefill_tokens += -prefill_tokens % self.policy.prefill_chunk",
             ),
         ),

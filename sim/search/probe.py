@@ -13,12 +13,13 @@ from invariants.violation import Violation
 from sim.build import build_auditor, build_core, open_backend
 from sim.cores.protocol import ServingCore
 from sim.cost_model import cost_model
-from sim.engine import Engine, Parts
+from sim.engine import Engine
 from sim.faults import FaultSchedule
 from sim.metrics import run_figures
 from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
 from sim.part_calls import PartError
+from sim.parts import Parts
 from sim.record import Recorder
 from sim.scenario import Scenario
 from sim.script import RequestScript

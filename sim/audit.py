@@ -148,8 +148,8 @@ def faults(found: Compiled, hbm_limit: int, head_dim: int) -> list[str]:
         why.append(f"{_count(len(found.pool_copies), 'copy')} of a whole pool: {found.pool_copies[0]}")
     if found.unaliased_pools or found.alias_bytes < found.pool_bytes:
         why.append(
-            f"donation is lost: {_count(found.unaliased_pools, 'array')} of the pools comes back in memory of its own "
-            f"({_mib(found.alias_bytes)} of {_mib(found.pool_bytes)} are written in place)"
+            f"donation is lost for {_count(found.unaliased_pools, 'array')} of the pools: "
+            f"{_mib(found.alias_bytes)} of {_mib(found.pool_bytes)} are written in place"
         )
     if found.temp_bytes >= found.pool_array_bytes >= SMALL_ARRAY:
         why.append(f"temporaries of {_mib(found.temp_bytes)}: an array of the pools has {_mib(found.pool_array_bytes)}")

@@ -79,7 +79,7 @@ def test_pages_spread_over_the_devices_fail(audited: Callable[..., TargetReport]
     by_page = Edit("backends.jax_devices:HeadsOverMesh.partition_spec", "== PAGE_AXES[0]", "== PAGE_AXES[1]")
     with applied([by_page]):
         found = why(audited("tpu-v5e:2x2"))
-    assert "collective" in found["write_prefill"]
+    assert all("in a function that only writes" in text for text in found.values())
 
 
 def test_a_chunk_written_before_the_decodes_fails_where_they_share_a_step(

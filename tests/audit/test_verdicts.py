@@ -49,8 +49,8 @@ def test_a_write_in_place_passes() -> None:
     ("changes", "words"),
     [
         ({"pool_copies": ("copy of a pool",) * 2}, "2 copies of a whole pool: copy of a pool"),
-        ({"alias_bytes": 0, "unaliased_pools": 4}, "donation is lost: 4 arrays"),
-        ({"unaliased_pools": 1}, "donation is lost: 1 array of the pools"),
+        ({"alias_bytes": 0, "unaliased_pools": 4}, "donation is lost for 4 arrays"),
+        ({"unaliased_pools": 1}, "donation is lost for 1 array of the pools"),
         ({"alias_bytes": 384 * MIB}, "384.0 MiB of 512.0 MiB are written in place"),
         ({"temp_bytes": 128 * MIB}, "temporaries of 128.0 MiB"),
         ({"collectives": ("all-gather of x",)}, "1 collective in a function that only writes: all-gather of x"),

@@ -45,7 +45,7 @@ def put_rows(target: Any, index: Any, rows: Any) -> Any:
     return result
 
 
-def place(mesh: Mesh | None, *arrays: NDArray[Any]) -> tuple[Any, ...]:
+def place(mesh: Mesh | None, *arrays: NDArray[Any] | np.generic) -> tuple[Any, ...]:
     """The arrays as they are where mesh is None, else replicated over the mesh."""
     if mesh is None:
         return arrays

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -237,18 +237,26 @@ class PagedAttentionEngine:
         """A copy of the whole host state."""
         books = self.books
         with self._lock:
-            alive = list(books.sequences.values())
-            order = {id(request): at for at, request in enumerate(books.scheduler.prefill_queue)}
-            queued = {state: [s for s in alive if s.state == state] for state in STATES}
-            queued["waiting"].sort(key=lambda s: order[id(s.prefill)])
+            queues: dict[str, list[int]] = {state: [] for state in STATES}
+            slot_of: dict[int, int] = {}
+            pages: dict[tuple[int, int], Ints] = {}
+            for request, sequence in books.sequences.items():
+                queues[sequence.state].append(request)
+                if sequence.slot != NOBODY:
+                    slot_of[request] = sequence.slot
+                if sequence.pages:
+                    pages[request, sequence.admission] = _ints(sequence.pages)
+            order = {prefill.id: at for at, prefill in enumerate(books.scheduler.prefill_queue)}
+            queues["waiting"].sort(key=order.__getitem__)
+            fenced = [page for due in sorted(books.fences) for freed in books.fences[due] for page in freed.pages]
             return CoreSnapshot(
                 free=_ints(books.manager.free_pages),
-                fenced=_ints(p for due in sorted(books.fences) for freed in books.fences[due] for p in freed.pages),
+                fenced=_ints(fenced),
                 rows=books.page_table.copy(),
                 positions=books.slots.position.copy(),
-                slot_of={s.request.id: s.slot for s in alive if s.slot != NOBODY},
-                pages={(s.request.id, s.admission): _ints(s.pages) for s in alive if s.pages},
-                queues={state: _ints(s.request.id for s in queued[state]) for state in STATES},
+                slot_of=slot_of,
+                pages=pages,
+                queues={state: _ints(requests) for state, requests in queues.items()},
             )
 
     def hidden_state(self) -> Mapping[str, tuple[int, ...]]:
@@ -285,7 +293,7 @@ def _refuse(outcome: StepOutcome, oldest: StepPlan | None) -> NoReturn:
     )
 
 
-def _ints(values: Iterable[int]) -> Ints:
-    array = np.fromiter(values, np.int32)
+def _ints(values: list[int]) -> Ints:
+    array = np.array(values, np.int32)
     array.setflags(write=False)
     return array

@@ -28,8 +28,6 @@ __all__ = [
     "SlotPageAssignment",
 ]
 
-PADDING_TOKEN = 0
-
 
 @dataclass(eq=False)
 class InitialSequenceRequest(SerializableTree):
@@ -88,7 +86,7 @@ class InitialSequenceRequest(SerializableTree):
             min(bucket for bucket in (*prefill_lengths, largest) if bucket >= length) if prefill_lengths else largest
         )
         padded = -(-padded // chunk_size) * chunk_size
-        tokens = np.full(padded, PADDING_TOKEN, np.int32)
+        tokens = np.zeros(padded, np.int32)
         tokens[:length] = prompt_token_ids
         params = sampling_params or SamplingParams()
         names = SamplingParams.tree_leaves
@@ -97,8 +95,8 @@ class InitialSequenceRequest(SerializableTree):
             tokens,
             np.arange(padded, dtype=np.int32),
             np.zeros(metadata.num_pages_per_sequence, np.int32),
-            np.array(length, np.int32),
-            *(np.array(getattr(params, name), DTYPES[name]) for name in names),
+            np.int32(length),
+            *[DTYPES[name](getattr(params, name)) for name in names],
         )
         if mesh is not None:
             pytree.register()

@@ -16,7 +16,8 @@ def decode_rows(
     """Make a plan of the seated alone; columns that have not changed are those of the plan before."""
     _, slots, request, admission, slot, ones, _, _ = seated
     start, tokens = table.position.take(slots), table.token.take(slots)
-    start.flags.writeable = tokens.flags.writeable = False
+    start.setflags(write=False)
+    tokens.setflags(write=False)
     num_pages, pages = table.tables(seated)
     return StepPlan(step, request, admission, slot, start, ones, ones, tokens, num_pages, pages, effects, native)
 
@@ -42,6 +43,6 @@ def mixed_rows(
     columns, pages = table.columns[:NUM_ROW_COLUMNS].take(seated.lanes, axis=1), table.pages.take(seated.lanes, axis=0)
     tokens = np.concatenate((prefill.prefill.token_ids[start : start + count], columns[TOKEN, 1:]))
     for array in (columns, tokens, pages):
-        array.flags.writeable = False
+        array.setflags(write=False)
     request, admission, slot, counts, sampled, starts, _, sizes = columns
     return StepPlan(step, request, admission, slot, starts, counts, sampled, tokens, sizes, pages, effects, native)

@@ -97,7 +97,7 @@ class SlotTable:
     def _seats(self, slots: NDArray[np.intp]) -> Seated:
         lanes = np.concatenate(([len(self.position)], slots))
         columns = self.columns.take(slots, axis=1)
-        columns.flags.writeable = False
+        columns.setflags(write=False)
         request, admission, slot, ones = columns[:SAMPLES]
         next_place = slots * self.history.shape[1] + 1
         return Seated(lanes, slots, request, admission, slot, ones, columns[KEY], next_place)
@@ -110,7 +110,8 @@ class SlotTable:
         """Page counts and page lists of the seated; the same arrays until one of them changes."""
         if self._tables is None:
             num_pages, pages = self.num_pages.take(seated.slots), self.pages.take(seated.slots, axis=0)
-            num_pages.flags.writeable = pages.flags.writeable = False
+            num_pages.setflags(write=False)
+            pages.setflags(write=False)
             self._tables = num_pages, pages
         return self._tables
 

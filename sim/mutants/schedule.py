@@ -256,7 +256,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("S6",),
         edits=(
             Edit(f"{_ENGINE}.cancel", "sequence = books.sequences.pop(request, None)", _FORGET_A_WAITING_ONE_HALF),
-            Edit(f"{_ENGINE}.snapshot", "order[id(s.prefill)]", "order.get(id(s.prefill), -1)"),
+            Edit(f"{_ENGINE}.snapshot", "order.__getitem__", "lambda request: order.get(request, -1)"),
         ),
     ),
     Mutant(

@@ -50,8 +50,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 "paged_attention.slots:SlotTable.tables",
-                "num_pages.flags.writeable = pages",
-                "pages[-1:] = 0\n        num_pages.flags.writeable = pages",
+                "num_pages.setflags(",
+                "pages[-1:] = 0\n        num_pages.setflags(",
             ),
             Edit(
                 "paged_attention.rows:mixed_rows",

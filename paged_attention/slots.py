@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +71,8 @@ class SlotTable:
         # Position max_sequence_length is sampled but never written.
         self.history: Int32[np.ndarray, "slots positions"] = np.zeros((batch_size, max_sequence_length + 1), np.int32)
         self.turns = 0
+        self._seats = array("q"), array("i"), array("i"), array("i"), array("i"), array("q")
+        """The columns of `Seated`, `lanes` and `ones` aside: a slot that comes or goes is one entry of each."""
         self._advance: Int32[np.ndarray, " slots"] = np.zeros(batch_size, np.int32)
         self._first_end = NEVER
         """No slot's end comes before this turn."""
@@ -83,7 +88,9 @@ class SlotTable:
         self.end: NDArray[np.int32] = slots[END]
         self.last_step: NDArray[np.int32] = slots[LAST_STEP]
         self.tokens: NDArray[np.int32] = self.history.reshape(-1)
-        self.nobody = self._seats(np.zeros(0, np.intp))
+        self._ones: Ints = np.ones(len(self.position), np.int32)
+        self._ones.setflags(write=False)
+        self.nobody = self._frozen(b"", b"", b"", b"", b"", b"")
         self._seated: Seated | None = None
         self._tables: tuple[Ints, Int32[np.ndarray, "rows pages"]] | None = None
 
@@ -91,16 +98,37 @@ class SlotTable:
     def seated(self) -> Seated:
         """Who has a token to come."""
         if self._seated is None:
-            self._seated = self._seats((self.position >= 0).nonzero()[0])
+            self._seated = self._frozen(*[column.tobytes() for column in self._seats])
         return self._seated
 
-    def _seats(self, slots: NDArray[np.intp]) -> Seated:
-        lanes = np.concatenate(([len(self.position)], slots))
-        columns = self.columns.take(slots, axis=1)
-        columns.setflags(write=False)
-        request, admission, slot, ones = columns[:SAMPLES]
-        next_place = slots * self.history.shape[1] + 1
-        return Seated(lanes, slots, request, admission, slot, ones, columns[KEY], next_place)
+    def _frozen(
+        self, slots: bytes, request: bytes, admission: bytes, slot: bytes, key: bytes, next_place: bytes
+    ) -> Seated:
+        lanes = np.frombuffer(len(self.position).to_bytes(8, sys.byteorder) + slots, np.intp)
+        return Seated(
+            lanes,
+            lanes[1:],
+            np.frombuffer(request, np.int32),
+            np.frombuffer(admission, np.int32),
+            np.frombuffer(slot, np.int32),
+            self._ones[: len(lanes) - 1],
+            np.frombuffer(key, np.int32),
+            np.frombuffer(next_place, np.intp),
+        )
+
+    def _seat(self, slot: int, request: int, admission: int, key: int) -> None:
+        at = bisect_left(self._seats[0], slot)
+        entries = slot, request, admission, slot, key, slot * self.history.shape[1] + 1
+        for column, entry in zip(self._seats, entries, strict=True):
+            column.insert(at, entry)
+        self._change(slot, advance=1)
+
+    def _unseat(self, slot: int) -> None:
+        if slot in self._seats[0]:
+            at = self._seats[0].index(slot)
+            for column in self._seats:
+                del column[at]
+        self._change(slot, advance=0)
 
     def still_seats(self, seated: Seated) -> bool:
         """Whether nobody has come or gone since then."""
@@ -137,7 +165,7 @@ class SlotTable:
         self.columns[:, slot] = (request, admission, slot, 1, 1, position, token, num_pages, key, end, last_step)
         self.history[slot, position] = token
         self._first_end = min(self._first_end, end)
-        self._change(slot, advance=1)
+        self._seat(slot, request, admission, key)
 
     def remaining(self, slot: int) -> int:
         """How many tokens of a seated slot are still to be planned."""
@@ -146,12 +174,12 @@ class SlotTable:
     def stop(self, slot: int) -> None:
         """Let a slot run no further; whoever sits there stays until `clear`."""
         self.position[slot], self.end[slot] = NOBODY, NEVER
-        self._change(slot, advance=0)
+        self._unseat(slot)
 
     def clear(self, slot: int) -> None:
         """Make a slot nobody's."""
         self.columns[:, slot] = NOBODY, NOBODY, slot, 1, 1, NOBODY, UNKNOWN_TOKEN, 0, NOBODY, NEVER, NOBODY
-        self._change(slot, advance=0)
+        self._unseat(slot)
 
     def _change(self, slot: int, advance: int) -> None:
         self._advance[slot] = advance
@@ -176,8 +204,8 @@ class SlotTable:
         same = (self.key[seated.slots] == seated.key).nonzero()[0]
         slots = seated.slots[same]
         self.position[slots], self.token[slots], self.last_step[slots] = position[same], token[same], last_step[same]
-        self.end[slots[self.end[slots] == NEVER]] = self.turns
-        self._advance[slots] = 1
+        for slot in slots[self.end[slots] == NEVER].tolist():
+            self.end[slot] = self.turns
+            self._seat(slot, *self.columns[(REQUEST, ADMISSION, KEY), slot].tolist())
         self.turns -= 1
         self._first_end = self.turns
-        self._seated = self._tables = None

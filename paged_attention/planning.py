@@ -24,6 +24,8 @@ def next_step(books: Books, step: int) -> StepPlan | None:
         return None
     effects = tuple(take_in(books, native))
     untold, slots = books.untold, books.slots
+    if native.decodes_state_page_updates:
+        slots.forget_tables()
     if untold.releases or untold.joins or untold.pages:
         _tell(books, native)
     seated = slots.seated if native.schedule_decodes else slots.nobody
@@ -48,13 +50,14 @@ def next_step(books: Books, step: int) -> StepPlan | None:
 def take_in(books: Books, native: NextIterationPlan) -> list[Effect]:
     """Follow what the scheduler decided; return the changes in the order in which it made them."""
     effects: list[Effect] = []
+    num_pages = books.slots.num_pages
     for request in native.preempted:
         effects += books.preempt(books.sequences[int(request)])
     for update in native.decodes_state_page_updates:
         slot, first_page, page = update.slot, update.page_idx, update.mapped_idx
         sequence = books.in_slot[slot]
         assert sequence is not None
-        books.slots.grew(slot, first_page + 1)
+        num_pages[slot] = first_page + 1
         sequence.pages.append(page)
         effects.append(Effect("allocated", sequence.request.id, sequence.admission, NOBODY, first_page, (page,)))
     for task in native.new_decodes_requests:

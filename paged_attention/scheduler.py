@@ -257,14 +257,16 @@ class InferenceScheduler:
         updates = self._grow(draft.growing_slots, batch) if draft.run_decodes and draft.growing_slots else []
         joined = self._join(draft.num_joins, batch) if draft.run_decodes and draft.num_joins else []
         prefill, new_pages = self._no_prefill, _NO_PAGES
+        runs_prefill = draft.prefill is not None
         if draft.prefill is not None:
             request = self.prefill_queue.get_nowait() if draft.prefill_is_new else draft.prefill
             pages = self.manager.alloc_hbm_pages(draft.num_prefill_pages)
             first = np.count_nonzero(request.page_indices)
             request.page_indices[first : first + len(pages)] = pages
             prefill, new_pages = request.as_planned(), AllocatedPrefillPages(pages)
-        runs = draft.prefill is not None, draft.run_decodes
-        return NextIterationPlan(prefill, *runs, new_pages, joined, updates, preempted, released)
+        return NextIterationPlan(
+            prefill, runs_prefill, draft.run_decodes, new_pages, joined, updates, preempted, released
+        )
 
     def _evict(self, victims: Sequence[Holder], batch: ActiveSequenceBatch) -> tuple[list[str | int], list[int]]:
         """Take the pages and slots of the victims; return their ids and the slots, newest victim first."""

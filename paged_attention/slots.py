@@ -143,9 +143,8 @@ class SlotTable:
             self._tables = num_pages, pages
         return self._tables
 
-    def grew(self, slot: int, num_pages: int) -> None:
-        """Count the pages of a slot anew: its page list has changed."""
-        self.num_pages[slot] = num_pages
+    def forget_tables(self) -> None:
+        """Look at the page lists anew: one of them has changed."""
         self._tables = None
 
     def join(

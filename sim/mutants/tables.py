@@ -32,8 +32,8 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 "paged_attention.planning:take_in",
-                "books.slots.grew(slot, first_page + 1)",
-                "books.slots.grew(slot, first_page)",
+                "num_pages[slot] = first_page + 1",
+                "num_pages[slot] = first_page",
             ),
         ),
     ),

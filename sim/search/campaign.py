@@ -74,10 +74,13 @@ def backend_of(mutant: Mutant) -> str:
     return "jax" if mutant.where == "device" else "none"
 
 
-def hunt(name: str, seed: int, *, seconds: float = 60.0) -> Hunt:
-    """Search from a cold seed for the planted bug `name`, shrink what breaks first, and replay its file twice."""
+def hunt(name: str, seed: int, *, seconds: float = 60.0, runs: int | None = None) -> Hunt:
+    """Search from a cold seed for the planted bug `name`, shrink what breaks first, and replay its file twice.
+
+    `runs` bounds the scenarios; None: as many as `seconds` allow.
+    """
     mutant = find_mutant(name)
-    options = FuzzOptions(seed, seconds, backend=backend_of(mutant), plant=mutant.id, stop="first")
+    options = FuzzOptions(seed, seconds, runs, backend=backend_of(mutant), plant=mutant.id, stop="first")
     with tempfile.TemporaryDirectory() as folder:
         result = fuzz(options, Path(folder), lambda result: None)
         if not result.shrunk:

@@ -14,6 +14,7 @@ from paged_attention.metadata import PagedAttentionCacheMetaData
 from paged_attention.plan import ModelRows, Request
 from paged_attention.scheduler import SchedulingPolicy
 from tests.backends.planner import Planner
+from tests.device import ONE_DEVICE
 
 
 def cache_spec(**changes) -> CacheSpec:
@@ -32,7 +33,8 @@ def cache_spec(**changes) -> CacheSpec:
 
 
 def opened(backend, cache, model=None, devices=None):
-    backend.open(cache, model or ModelSpec(vocab_size=100), devices or DeviceSpec())
+    own = ONE_DEVICE if isinstance(backend, JaxBackend) else DeviceSpec()
+    backend.open(cache, model or ModelSpec(vocab_size=100), devices or own)
     return backend
 
 

@@ -26,6 +26,8 @@ from tests.backends.harness import (
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.device
+
 
 def close(backends):
     for backend in backends:

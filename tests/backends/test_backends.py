@@ -15,6 +15,9 @@ from backends.words import WORD_MASK, lane_words, poison_word, read_lane
 from paged_attention.fingerprint import kv_base, kv_id, salts, token, words
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, ModelRows, StepPlan
 from tests.backends.harness import EngineRun, JaxBackend, NoneBackend, NumpyBackend, cache_spec, opened, run_planner
+from tests.device import PLATFORM
+
+pytestmark = pytest.mark.device
 
 WITH_A_CACHE = pytest.mark.parametrize("make", [NumpyBackend, JaxBackend], ids=["numpy", "jax"])
 
@@ -212,8 +215,9 @@ def test_a_writer_that_is_not_there_is_named(writer):
 
 
 def test_devices_that_are_not_there_are_named_with_those_that_are():
-    with pytest.raises(BackendUnavailableError, match=r"platform 'tpu' is not there: JAX .* finds cpu"):
-        opened(JaxBackend(), cache_spec(), devices=DeviceSpec("tpu"))
+    other = "gpu" if PLATFORM == "tpu" else "tpu"
+    with pytest.raises(BackendUnavailableError, match=rf"platform '{other}' is not there: JAX .* finds .*cpu"):
+        opened(JaxBackend(), cache_spec(), devices=DeviceSpec(other))
     with pytest.raises(BackendUnavailableError, match=r"needs 2 cpu devices, found 1; start with XLA_FLAGS=\S+=2"):
         opened(JaxBackend(), cache_spec(), devices=DeviceSpec(mesh={"heads": 2}))
     with pytest.raises(ValueError, match="2 kv_heads cannot be spread over 3 devices"):

@@ -1,9 +1,12 @@
 """What a backend tells of the step that ran and of the arrays that hold the cache."""
 
 import numpy as np
+import pytest
 
 from paged_attention.model_io import PagedAttentionMetadata, query_starts
 from tests.backends.harness import EngineRun, JaxBackend, NoneBackend, NumpyBackend, cache_spec, opened
+
+pytestmark = pytest.mark.device
 
 
 def test_query_starts_leave_padding_out_and_repeat_for_slots_without_a_sequence():

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.device import PLATFORM
+
 pytestmark = pytest.mark.slow
 
 # The audit's examples are as large as what is deployed, and are compiled, not run.
@@ -31,11 +33,13 @@ def run_json(scenario: Path, hash_seed: int, *options: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.stem)
 def test_numpy_and_jax_plan_the_same_trace_and_leave_the_same_cache_bits(scenario: Path, tmp_path: Path) -> None:
+    one_device = ("--set", "backend.mesh={}")
     options = {
-        "numpy": ("--set", "backend.kind=numpy", "--set", "backend.mesh={}"),
-        "jax": (),
+        "numpy": ("--set", "backend.kind=numpy", *one_device),
+        "jax": () if PLATFORM == "cpu" else (*one_device, "--set", f"backend.platform={PLATFORM}"),
     }
     with ThreadPoolExecutor(2) as pool:
         numpy, jax = pool.map(

@@ -51,7 +51,12 @@ def calibrate(
     if out.exists():
         raise UsageError(f"{out} exists already; give a new file with --out")
     if (wanted := wanted_count(loaded)) > forced_count():
-        output, status = run_with_devices(wanted, sys.argv[1:])
+        arguments = ["calibrate", str(scenario), "--out", str(out), "--steps", str(steps), "--repeat", str(repeat)]
+        arguments += ["--seed", str(seed)] if seed is not None else []
+        for override in overrides or ():
+            arguments += ["--set", override]
+        flags = [flag for flag, given in (("--json", as_json), ("--quiet", quiet)) if given]
+        output, status = run_with_devices(wanted, arguments + flags)
         sys.stdout.write(output)
         return status
     found = measure(loaded, datetime.now(UTC).date().isoformat(), steps, repeat)

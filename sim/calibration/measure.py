@@ -14,9 +14,10 @@ from sim.backend_wrapper import BackendWrapper
 from sim.build import build_auditor, build_core, open_backend
 from sim.calibration.features import Kind, features
 from sim.cost_model import cost_model
-from sim.engine import Engine, Parts
+from sim.engine import Engine
 from sim.faults import FaultSchedule
 from sim.part_calls import PartError
+from sim.parts import Parts
 from sim.record import Recorder
 from sim.scenario import Scenario
 from sim.script import RequestScript

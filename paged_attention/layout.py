@@ -50,12 +50,12 @@ class Layout(Protocol):
         """The inverse of `from_tokens`."""
         ...
 
-    def read_page(self, pool: Pages, page: Any) -> Any:
-        """One whole page as (page_size, heads, *rest); `page` may be traced."""
-        ...
-
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced by `tokens` (page_size, heads, *rest), under `jax.jit`."""
+        ...
+
+    def write_token(self, pool: Pages, page: Any, offset: Any, token: Any) -> Any:
+        """A pool with one place replaced by `token` (heads, *rest), under `jax.jit`."""
         ...
 
     def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
@@ -89,17 +89,17 @@ class HeadsFirst:
         """(heads, tokens, *rest) to (tokens, heads, *rest)."""
         return places.swapaxes(0, 1)
 
-    def read_page(self, pool: Pages, page: Any) -> Any:
-        """One whole page as (page_size, heads, *rest)."""
-        from jax import lax
-
-        return lax.dynamic_index_in_dim(pool, page, axis=1, keepdims=False).swapaxes(0, 1)
-
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced."""
         from jax import lax
 
         return lax.dynamic_update_slice_in_dim(pool, tokens.swapaxes(0, 1)[:, None], page, axis=1)
+
+    def write_token(self, pool: Pages, page: Any, offset: Any, token: Any) -> Any:
+        """A pool with one place replaced."""
+        from jax import lax
+
+        return lax.dynamic_update_slice(pool, token[:, None, None], (0, page, offset, 0)[: pool.ndim])
 
     def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
         """Single words of every head: (heads, *places)."""
@@ -151,17 +151,17 @@ class PagesFirst:
         """Vectors as they are: (tokens, heads, *rest)."""
         return places
 
-    def read_page(self, pool: Pages, page: Any) -> Any:
-        """One whole page as (page_size, heads, *rest)."""
-        from jax import lax
-
-        return lax.dynamic_index_in_dim(pool, page, axis=0, keepdims=False)
-
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced."""
         from jax import lax
 
         return lax.dynamic_update_slice_in_dim(pool, tokens[None], page, axis=0)
+
+    def write_token(self, pool: Pages, page: Any, offset: Any, token: Any) -> Any:
+        """A pool with one place replaced."""
+        from jax import lax
+
+        return lax.dynamic_update_slice(pool, token[None, None], (page, offset, 0, 0)[: pool.ndim])
 
     def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
         """Single words of every head: (heads, *places)."""

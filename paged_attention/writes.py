@@ -90,10 +90,11 @@ def write_decodes_numpy(
 def write_prefill_jax(
     layout: Layout, pools: Pools, tokens: Tokens, position: Any, length: Any, table: Any, page_size: int
 ) -> Pools:
-    """`pools` with a chunk's rows at their places, page by page; rows follow one another from position[0].
+    """`pools` with a chunk's rows at their places; rows follow one another from position[0].
 
-    A page is read, merged and put back, so that what an earlier chunk wrote to its first part stays. A page id outside
-    the pool writes nothing.
+    The rows before the first and behind the last page that the chunk fills are scattered, then these pages are written
+    in one piece each: nothing is read. (After the loop, a TPU's scatter would want pools of another memory layout.) A
+    page id outside the pool writes nothing.
     """
     import jax.numpy as jnp
     from jax import lax
@@ -101,42 +102,82 @@ def write_prefill_jax(
     num_rows, num_pages = position.shape[0], layout.num_pages(pools[0])
     start = position[0]
     num_real = jnp.clip(length - start, 0, num_rows)
-    first, shift = start // page_size, start % page_size
-    num_touched = jnp.where(num_real > 0, (shift + num_real + page_size - 1) // page_size, 0)
-    # A page of room on both sides: the slice for the first and the last page may reach beyond the chunk.
-    room = [jnp.pad(rows, [(page_size, page_size)] + [(0, 0)] * (rows.ndim - 1)) for rows in tokens]
+    head = jnp.minimum(-start % page_size, num_real)
+    num_whole = (num_real - head) // page_size
+    tail = head + num_whole * page_size
 
-    def write_one(nth: Any, pools: Pools) -> Pools:
-        row = nth * page_size - shift
-        logical = first + nth
+    def page_of(row: Any) -> Any:
+        logical = (start + row) // page_size
         page = table[jnp.minimum(logical, table.shape[0] - 1)]
-        rows = row + jnp.arange(page_size)
-        inside = (logical < table.shape[0]) & (page >= 0) & (page < num_pages)
-        keep = ~((rows >= 0) & (rows < num_real) & inside)
-        merged: Pools = []
-        for pool, source in zip(pools, room, strict=True):
-            new = lax.dynamic_slice_in_dim(source, row + page_size, page_size)
-            old = layout.read_page(pool, page)
-            mask = keep.reshape(-1, *[1] * (new.ndim - 1))
-            merged.append(layout.write_page(pool, page, jnp.where(mask, old, new)))
-        return merged
+        return jnp.where((logical < table.shape[0]) & (page >= 0), page, num_pages)
 
-    return lax.fori_loop(0, num_touched, write_one, list(pools))
+    nth = jnp.arange(min(num_rows, 2 * page_size))
+    row = jnp.where(nth < head, nth, tail + nth - head)
+    page = jnp.where(row < num_real, page_of(row), num_pages)
+    edges = [rows.at[row].get(mode="clip") for rows in tokens]
+    pools = _scatter(layout, pools, edges, page, (start + row) % page_size)
+    if num_rows < page_size:
+        return pools
+
+    def put_page(pools: Pools, row: Any, page: Any) -> Pools:
+        pieces = [lax.dynamic_slice_in_dim(rows, row, page_size) for rows in tokens]
+        return [layout.write_page(pool, page, piece) for pool, piece in zip(pools, pieces, strict=True)]
+
+    first_row = head + jnp.arange(num_rows // page_size) * page_size
+    return _in_turn(put_page, pools, num_whole, num_pages, first_row, page_of(first_row))
 
 
 def write_decodes_jax(layout: Layout, pools: Pools, tokens: Tokens, position: Any, table: Any, page_size: int) -> Pools:
     """`pools` with each live slot's token at its place; whatever has no place in the pool is dropped."""
     import jax.numpy as jnp
+    from jax import lax
 
     num_pages = layout.num_pages(pools[0])
     logical = position // page_size
     entry = jnp.clip(logical, 0, table.shape[1] - 1)
     page = jnp.take_along_axis(table, entry[:, None], axis=1)[:, 0]
     live = (position >= 0) & (logical < table.shape[1]) & (page >= 0)
-    # One past the end is dropped; -1 would wrap around to the last page in every mode.
-    page = jnp.where(live, page, num_pages)
-    index = layout.index(page, position % page_size)
+    page, offset = jnp.where(live, page, num_pages), position % page_size
+    if pools[0].dtype != jnp.bfloat16:
+        return _scatter(layout, pools, tokens, page, offset)
+
+    def put_token(pools: Pools, slot: Any, page: Any, offset: Any) -> Pools:
+        vectors = [lax.dynamic_index_in_dim(rows, slot, keepdims=False) for rows in tokens]
+        return [layout.write_token(pool, page, offset, one) for pool, one in zip(pools, vectors, strict=True)]
+
+    def one_by_one(pools: Pools, page: Any, offset: Any) -> Pools:
+        return _in_turn(put_token, pools, len(page), num_pages, jnp.arange(len(page)), page, offset)
+
+    def at_once(pools: Pools, page: Any, offset: Any) -> Pools:
+        return _scatter(layout, pools, tokens, page, offset)
+
+    # A CPU scatters bfloat16 word by word: a loop of whole tokens costs half of that.
+    return lax.platform_dependent(list(pools), page, offset, cpu=one_by_one, default=at_once)
+
+
+def _scatter(layout: Layout, pools: Pools, tokens: Tokens, page: Any, offset: Any) -> Pools:
+    """`pools` with each row at its (page, offset). One past the last page is dropped; -1 would wrap around to it."""
+    index = layout.index(page, offset)
     return [pool.at[index].set(layout.from_tokens(rows), mode="drop") for pool, rows in zip(pools, tokens, strict=True)]
+
+
+def _in_turn(put: Callable[..., Pools], pools: Pools, count: Any, num_pages: int, row: Any, page: Any, *to: Any) -> Any:
+    """put(pools, row[n], page[n], ...) for every n below `count` with a page in the pool.
+
+    The other turns repeat one of these: writing on a condition would copy the pools.
+    """
+    import jax.numpy as jnp
+    from jax import lax
+
+    nth = jnp.arange(row.shape[0])
+    good = (nth < count) & (page < num_pages)
+    nth = jnp.where(good, nth, jnp.argmax(good))
+    places = [array[nth] for array in (row, page, *to)]
+
+    def turn(n: Any, pools: Pools) -> Pools:
+        return put(pools, *(array[n] for array in places))
+
+    return lax.fori_loop(0, jnp.where(good.any(), count, 0), turn, list(pools))
 
 
 PREFILL = Part(check_prefill, write_prefill_numpy, write_prefill_jax)

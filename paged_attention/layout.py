@@ -50,6 +50,10 @@ class Layout(Protocol):
         """The inverse of `from_tokens`."""
         ...
 
+    def read_page(self, pool: Pages, page: Any) -> Any:
+        """One whole page as (page_size, heads, *rest); `page` may be traced."""
+        ...
+
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced by `tokens` (page_size, heads, *rest), under `jax.jit`."""
         ...
@@ -88,6 +92,12 @@ class HeadsFirst:
     def to_tokens(self, places: Any) -> Any:
         """(heads, tokens, *rest) to (tokens, heads, *rest)."""
         return places.swapaxes(0, 1)
+
+    def read_page(self, pool: Pages, page: Any) -> Any:
+        """One whole page as (page_size, heads, *rest)."""
+        from jax import lax
+
+        return lax.dynamic_index_in_dim(pool, page, axis=1, keepdims=False).swapaxes(0, 1)
 
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced."""
@@ -150,6 +160,12 @@ class PagesFirst:
     def to_tokens(self, places: Any) -> Any:
         """Vectors as they are: (tokens, heads, *rest)."""
         return places
+
+    def read_page(self, pool: Pages, page: Any) -> Any:
+        """One whole page as (page_size, heads, *rest)."""
+        from jax import lax
+
+        return lax.dynamic_index_in_dim(pool, page, axis=0, keepdims=False)
 
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced."""

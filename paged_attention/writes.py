@@ -92,9 +92,9 @@ def write_prefill_jax(
 ) -> Pools:
     """`pools` with a chunk's rows at their places; rows follow one another from position[0].
 
-    The rows before the first and behind the last page that the chunk fills are scattered, then these pages are written
-    in one piece each: nothing is read. (After the loop, a TPU's scatter would want pools of another memory layout.) A
-    page id outside the pool writes nothing.
+    Pages that the chunk fills are written in one piece each, and read nothing; its first and last page, where it fills
+    them in part, are read, merged and put back, so that what an earlier chunk wrote there stays. A page id outside the
+    pool writes nothing.
     """
     import jax.numpy as jnp
     from jax import lax
@@ -111,20 +111,28 @@ def write_prefill_jax(
         page = table[jnp.minimum(logical, table.shape[0] - 1)]
         return jnp.where((logical < table.shape[0]) & (page >= 0), page, num_pages)
 
-    nth = jnp.arange(min(num_rows, 2 * page_size))
-    row = jnp.where(nth < head, nth, tail + nth - head)
-    page = jnp.where(row < num_real, page_of(row), num_pages)
-    edges = [rows.at[row].get(mode="clip") for rows in tokens]
-    pools = _scatter(layout, pools, edges, page, (start + row) % page_size)
-    if num_rows < page_size:
-        return pools
+    def merge_page(pools: Pools, first_row: Any, page: Any) -> Pools:
+        rows = first_row + jnp.arange(page_size)
+        keep = ~((rows >= 0) & (rows < num_real))
+        merged: Pools = []
+        for pool, source in zip(pools, tokens, strict=True):
+            new, old = source.at[rows].get(mode="clip"), layout.read_page(pool, page)
+            mask = keep.reshape(-1, *[1] * (new.ndim - 1))
+            merged.append(layout.write_page(pool, page, jnp.where(mask, old, new)))
+        return merged
 
-    def put_page(pools: Pools, row: Any, page: Any) -> Pools:
-        pieces = [lax.dynamic_slice_in_dim(rows, row, page_size) for rows in tokens]
+    def put_page(pools: Pools, first_row: Any, page: Any) -> Pools:
+        pieces = [lax.dynamic_slice_in_dim(source, first_row, page_size) for source in tokens]
         return [layout.write_page(pool, page, piece) for pool, piece in zip(pools, pieces, strict=True)]
 
-    first_row = head + jnp.arange(num_rows // page_size) * page_size
-    return _in_turn(put_page, pools, num_whole, num_pages, first_row, page_of(first_row))
+    # The row, before the chunk's first one perhaps, that lies at the start of each page written in part.
+    edges = jnp.stack([jnp.where(head > 0, -(start % page_size), tail), tail])
+    num_edges = (head > 0).astype(jnp.int32) + (tail < num_real)
+    pools = _in_turn(merge_page, pools, num_edges, num_pages, edges, page_of(edges))
+    if num_rows < page_size:
+        return pools
+    whole = head + jnp.arange(num_rows // page_size) * page_size
+    return _in_turn(put_page, pools, num_whole, num_pages, whole, page_of(whole))
 
 
 def write_decodes_jax(layout: Layout, pools: Pools, tokens: Tokens, position: Any, table: Any, page_size: int) -> Pools:
@@ -137,7 +145,8 @@ def write_decodes_jax(layout: Layout, pools: Pools, tokens: Tokens, position: An
     entry = jnp.clip(logical, 0, table.shape[1] - 1)
     page = jnp.take_along_axis(table, entry[:, None], axis=1)[:, 0]
     live = (position >= 0) & (logical < table.shape[1]) & (page >= 0)
-    page, offset = jnp.where(live, page, num_pages), position % page_size
+    page = jnp.where(live, page, num_pages)
+    offset = position % page_size
     if pools[0].dtype != jnp.bfloat16:
         return _scatter(layout, pools, tokens, page, offset)
 

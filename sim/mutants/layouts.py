@@ -1,4 +1,4 @@
-"""Planted bugs of the layout that has pages first (ML)."""
+"""Planted bugs of the layouts (ML)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "ML05",
-        "Pages first: the vectors of decodes are turned to heads before tokens, as the other layout wants them.",
+        "Pages first: scattered vectors lie heads before tokens, as the other layout wants them.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(f"{_LAYOUT}.from_tokens", "return tokens", "return tokens.swapaxes(0, 1)"),),
+        edits=(Edit(f"{_LAYOUT}.from_tokens", "return tokens", "return tokens.swapaxes(0, 1).reshape(tokens.shape)"),),
         driver=_DRIVER,
     ),
     Mutant(
@@ -59,10 +59,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "ML07",
-        "Pages first: a page that is merged with a chunk's tokens is read from the page after it.",
+        "Heads first: a single token is written with page and offset exchanged.",
         ("K2", "K1", "K3"),
         where="device",
-        edits=(Edit(f"{_LAYOUT}.read_page", "(pool, page, axis=0", "(pool, page + 1, axis=0"),),
-        driver=_DRIVER,
+        edits=(Edit("paged_attention.layout:HeadsFirst.write_token", "(0, page, offset, 0)", "(0, offset, page, 0)"),),
+        driver="device-starved",
     ),
 )

@@ -7,6 +7,7 @@ from sim.mutants.mutant import Mutant
 
 _DECODES = "paged_attention.writes:write_decodes_jax"
 _PREFILL = "paged_attention.writes:write_prefill_jax"
+_SCATTER = "paged_attention.writes:_scatter"
 _MODEL = "backends.jax_step:ScriptedModel"
 _VIEW = "paged_attention.cache:PagedAttentionCacheView"
 _IO = "paged_attention.model_io"
@@ -19,15 +20,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "A chunk's last page is not written where the chunk fills it in part only.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(_PREFILL, "(shift + num_real + page_size - 1) // page_size", "(shift + num_real) // page_size"),),
+        edits=(Edit(_PREFILL, "(tail < num_real)", "(tail < 0)"),),
         driver="device-starved",
     ),
     Mutant(
         "KK02",
-        "The pages that a chunk touches are counted as if it began at a page boundary.",
+        "The pages that a chunk fills are counted as if it began at a page boundary.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(_PREFILL, "(shift + num_real + page_size - 1)", "(num_real + page_size - 1)"),),
+        edits=(Edit(_PREFILL, "(num_real - head) // page_size", "num_real // page_size"),),
         driver="device-starved",
     ),
     Mutant(
@@ -53,12 +54,12 @@ MUTANTS: tuple[Mutant, ...] = (
         where="device",
         edits=(
             Edit(
-                _DECODES,
+                _SCATTER,
                 "layout.from_tokens(rows)",
                 "(layout.from_tokens(rows) if pool is pools[0] else rows.reshape(rows.shape[1], rows.shape[0], -1))",
             ),
         ),
-        driver="device-starved",
+        driver="device-lag",
     ),
     Mutant(
         "KK06",

@@ -7,6 +7,7 @@ from sim.mutants.mutant import Mutant
 
 _DECODES = "paged_attention.writes:write_decodes_jax"
 _PREFILL = "paged_attention.writes:write_prefill_jax"
+_SCATTER = "paged_attention.writes:_scatter"
 _MODEL = "backends.jax_step:ScriptedModel"
 _VIEW = "paged_attention.cache:PagedAttentionCacheView"
 _DECODER = "backends.jax_tiny:DecoderModel"
@@ -34,7 +35,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "A chunk is written from offset 0 of its first page, wherever it starts.",
         ("K1", "K2"),
         where="device",
-        edits=(Edit(_PREFILL, "start % page_size", "0"),),
+        edits=(
+            Edit(
+                _PREFILL,
+                "start = position[0]",
+                "start, length = position[0] // page_size * page_size, length - position[0] % page_size",
+            ),
+        ),
         driver="device-starved",
     ),
     Mutant(
@@ -87,10 +94,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "MK11",
-        "Decodes are added to what lies in their place.",
+        "Scattered tokens are added to what lies in their place.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(_DECODES, ".at[index].set(", ".at[index].add("),),
+        edits=(Edit(_SCATTER, ".at[index].set(", ".at[index].add("),),
         driver="device-lag",
     ),
     Mutant(
@@ -98,8 +105,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A page id past the end is clipped onto the last page.",
         ("K2",),
         where="device",
-        edits=(Edit(_DECODES, 'mode="drop"', 'mode="clip"'),),
-        driver="device-starved",
+        edits=(Edit(_SCATTER, 'mode="drop"', 'mode="clip"'),),
+        driver="device-lag",
     ),
     Mutant(
         "MK14",
@@ -114,7 +121,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "The part of a chunk behind a page boundary goes to the page before it.",
         ("K1", "K3"),
         where="device",
-        edits=(Edit(_PREFILL, "logical = first + nth", "logical = first"),),
+        edits=(Edit(_PREFILL, "logical = (start + row) // page_size", "logical = start // page_size + 0 * row"),),
         driver="device-starved",
     ),
     Mutant(
@@ -184,9 +191,9 @@ MUTANTS: tuple[Mutant, ...] = (
         where="device",
         edits=(
             Edit(
-                _DECODES,
+                _SCATTER,
                 "pool.at[index]",
-                "pool.at[index if pool.ndim > 3 else layout.index(page, (position + 1) % page_size)]",
+                "pool.at[index if pool.ndim > 3 else layout.index(page, offset + 1)]",
             ),
         ),
         driver="device-int8",

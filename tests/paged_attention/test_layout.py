@@ -55,8 +55,10 @@ def test_what_is_indexed_is_what_lies_at_the_place(layout, ndim):
 
 @EACH_LAYOUT
 @pytest.mark.parametrize("ndim", [4, 3], ids=["vectors", "scales"])
-def test_whole_pages_and_single_tokens_are_written(layout, ndim):
+def test_whole_pages_are_read_and_written_and_single_tokens_written(layout, ndim):
     pool, words = numbered(layout, ndim)
+    for page in range(PAGES):
+        assert np.array_equal(layout.read_page(pool, page), words[page])
     written = plain(layout, layout.write_page(jax.numpy.asarray(pool), 5, words[2]))
     assert np.array_equal(written[5], words[2])
     assert np.array_equal(np.delete(written, 5, axis=0), np.delete(words, 5, axis=0))

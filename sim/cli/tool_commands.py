@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -58,6 +58,9 @@ expect: # what the run must show; a latency bound that is missed has an exit sta
   time_to_first_token_seconds: {{p99: 2.0}}
 """
 
+SECONDS_A_ROW: Final = 1.0
+"""How long `bench devices` measures each row."""
+
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
@@ -109,6 +112,9 @@ def doctor(as_json: AsJson = False) -> int:
 
 
 def bench(
+    what: Annotated[
+        Literal["runs", "devices"], typer.Argument(help="runs: whole runs, in spins. devices: write paths, in memcpys.")
+    ] = "runs",
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="CASE", help="A case; may be given again [all cases].")
     ] = None,
@@ -118,8 +124,12 @@ def bench(
 ) -> int:
     """Measure kvproof itself: CPU time of a fixed workload in spins (a fixed loop), a spin before and after each run.
 
+    `bench devices` measures what the device does, each row beside a yardstick of the same run.
+
     Example: kvproof bench --only plan_only --json
     """
+    if what == "devices":
+        return _bench_devices(only, as_json=as_json, quiet=quiet)
     from sim.bench import TARGETS
     from sim.bench import bench as measure
 
@@ -143,4 +153,23 @@ def bench(
                     f"  without a look at the device {row['unchecked_spins']:.2f} spins: the checks add "
                     f"{row['checks_share']:.2f} of that (at most {row['max_checks_share']:g} is the target)"
                 )
+    return 0
+
+
+def _bench_devices(only: list[str] | None, *, as_json: bool, quiet: bool) -> int:
+    from sim import bench_devices as devices
+
+    names = only or list(devices.SECTIONS)
+    if unknown := [name for name in names if name not in devices.SECTIONS]:
+        raise typer.BadParameter(
+            f"no section '{unknown[0]}'; there are: {', '.join(devices.SECTIONS)}", param_hint="--only"
+        )
+    found = devices.bench_devices(names, SECONDS_A_ROW, lambda text: None if quiet else typer.echo(text, err=True))
+    if as_json:
+        sys.stdout.write(json.dumps(devices.as_json(found)) + "\n")
+    elif not quiet:
+        for name, rows in found.items():
+            typer.echo(name)
+            for row in rows:
+                typer.echo(f"  {row.line()}")
     return 0

@@ -18,7 +18,7 @@ from paged_attention import writes
 from paged_attention.cache import data_movement_options
 from paged_attention.layout import LAYOUTS
 
-LAYERS: Final = 4
+LAYERS: Final = 2
 HEADS: Final = 8
 HEAD_DIM: Final = 128
 PAGE_SIZE: Final = 64

@@ -58,7 +58,7 @@ expect: # what the run must show; a latency bound that is missed has an exit sta
   time_to_first_token_seconds: {{p99: 2.0}}
 """
 
-SECONDS_A_ROW: Final = 1.0
+SECONDS_A_ROW: Final = 0.7
 """How long `bench devices` measures each row."""
 
 

@@ -26,7 +26,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "KK02",
         "The pages that a chunk fills are counted as if it began at a page boundary.",
-        ("K1", "K3"),
+        ("K2", "K1", "K3"),
         where="device",
         edits=(Edit(_PREFILL, "(num_real - head) // page_size", "num_real // page_size"),),
         driver="device-starved",

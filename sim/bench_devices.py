@@ -71,7 +71,19 @@ def write_paths(seconds: float, tell: Tell) -> Iterator[Row]:
             )
 
 
-SECTIONS: Final[dict[str, Callable[[float, Tell], Iterator[Row]]]] = {"write_paths": write_paths}
+def decoder_steps(seconds: float, tell: Tell) -> Iterator[Row]:
+    """Steps of the small decoder by batch size, however long its scenarios take; see `sim.bench_decoder`."""
+    from sim import bench_decoder
+
+    for found in bench_decoder.decoder_steps(tell=tell):
+        details = {"echo_us": found.echo_ns / 1e3, "context_tokens": found.context_tokens, "steps": float(found.steps)}
+        yield Row(f"tiny decode {found.batch}", found.decoder_ns / 1e3, "us a step", None, details)
+
+
+SECTIONS: Final[dict[str, Callable[[float, Tell], Iterator[Row]]]] = {
+    "write_paths": write_paths,
+    "decoder_steps": decoder_steps,
+}
 """Every section, in the order of the report."""
 
 

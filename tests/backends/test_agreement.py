@@ -34,7 +34,7 @@ def close(backends):
         backend.close()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), max_prefills=st.integers(1, 3))
 def test_neutral_rows_give_the_same_tokens_slots_and_bits_on_numpy_and_jax(seed, max_prefills):
     cache = cache_spec()
@@ -70,7 +70,7 @@ def test_both_layouts_give_the_oracles_tokens_slots_and_bits_on_the_cores_own_ro
     close(backends)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), max_prefills=st.integers(1, 3))
 def test_an_error_free_run_yields_what_the_script_says(seed, max_prefills):
     cache = cache_spec()
@@ -78,7 +78,7 @@ def test_an_error_free_run_yields_what_the_script_says(seed, max_prefills):
     run_planner(cache, seed, 25, backends, max_prefills)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     lag=st.integers(0, 2),
@@ -150,6 +150,7 @@ def mesh_run(body: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_heads_sharded_over_8_devices_agree_with_the_oracle():
     printed = mesh_run("""
 cache = cache_spec(kv_heads=8, layers=1)

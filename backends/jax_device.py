@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -29,8 +29,7 @@ from paged_attention.step_news import pack
 Road = Literal["auto", "rows"]
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchedStep:
+class DispatchedStep(NamedTuple):
     """A step on the device; a part is (rows of the plan, where they stand in the array, the array [token, eos, ..])."""
 
     step: int

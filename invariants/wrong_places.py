@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -18,8 +18,7 @@ from paged_attention import fingerprint
 from paged_attention.plan import Evidence, WrongPlace
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(NamedTuple):
     """The places of one step's writes, and what the shadow said of them before."""
 
     places: Int[ndarray, " places"]

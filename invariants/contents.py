@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64, UInt32
-from numpy import ndarray
+from numpy import maximum, minimum, ndarray
 from numpy.typing import NDArray
 
 from invariants.device import Device
@@ -39,6 +39,8 @@ WINDOW_PLACES = 16_384
 """Of a pool with more places, so many are compared at each full look, in turn."""
 
 FAMILY = ("K1", "K2", "K3", "K7", "K9")
+
+NOWHERE = np.zeros(0, np.intp)
 
 
 class ContentJudge:
@@ -69,9 +71,11 @@ class ContentJudge:
         self.flat_ids = self.slot_ids.reshape(-1)
         self.any_ends = False
         """An EOS may end somebody who sits in a slot."""
-        self.rows = np.zeros(0, np.intp)
-        self.row_at = self.rows
-        """Where in the ledger's flat table the pages of these slots begin."""
+        self.slots: NDArray[np.intp] = NOWHERE
+        """The slots of the newest step, for which the two below hold."""
+        self.row_at = (NOWHERE, NOWHERE)
+        """Where in the ledger's flat table their pages begin, once and twice over."""
+        self.slot_owners = np.zeros(0, np.int64)
         self.compared = self.held = self.framed = self.unique = 0
 
     def open(self, device: Device) -> bool:
@@ -98,19 +102,20 @@ class ContentJudge:
 
     def dispatched(self, flight: Flight, device: Device, *, check: bool) -> None:
         """Follow a step's writes, and (`check`) compare the device with the shadow."""
-        slots, start, written = self._follow(flight)
+        is_small = self.num_pages * self.ledger.page_size <= SMALL_PLACES
+        is_turn = is_small or self.findings.step % WHOLE_PAGES_EVERY == 0
+        written, older = self._follow(flight, with_older=check and not is_turn)
         places = written.places
         if not check:
             return
-        if self.num_pages * self.ledger.page_size <= SMALL_PLACES:
+        if is_small:
             self._verify_pages(self._allocatable(), device, written)
-        elif len(places) * self.ledger.page_size <= SMALL_TOUCHED or self.findings.step % WHOLE_PAGES_EVERY == 0:
+        elif is_turn or len(places) * self.ledger.page_size <= SMALL_TOUCHED:
             touched = np.flatnonzero(np.bincount(places // self.size, minlength=self.num_pages)).astype(np.int32)
             self._verify_pages(touched, device, written)
         else:
-            older = self._older(slots, start)
-            self.framed += len(older)
             both = np.concatenate((places, older))
+            self.framed += len(older)
             self.compared += len(both)
             self.held += len(both)
             self._compare(both, device, written)
@@ -120,44 +125,61 @@ class ContentJudge:
         if wrong and self.report is not None:
             self.report.judge(wrong, device, written)
 
-    def _follow(self, flight: Flight) -> tuple[Int[ndarray, " rows"], Int32[ndarray, " rows"], Written]:
-        """The shadow holds the tokens of this step from now on: slots and positions of the decodes, and all writes."""
+    def _follow(self, flight: Flight, *, with_older: bool) -> tuple[Written, Int[ndarray, " older"]]:
+        """The shadow holds the tokens of this step from now on: what it writes, and an older place of each decode."""
         ledger, slots, start, at = self.ledger, flight.slots, flight.start, flight.at
         if self.joins != ledger.joins:
             self._seat()
         if self.any_ends:
             alive = ~dead_rows(ledger.eos.take(slots), start)
             slots, start, at = slots[alive], start[alive], at[alive]
-        if slots is not self.rows:
-            self.rows, self.row_at = slots, slots * ledger.table.shape[1]
+        if slots is not self.slots:
+            row_at = slots * ledger.table.shape[1]
+            twice = np.concatenate((row_at, row_at))
+            self.slots, self.row_at, self.slot_owners = slots, (row_at, twice), self.owners.take(slots)
+        position = np.concatenate((start, self._older(start))) if with_older else start
+        # In numbers of a place of the pool; a position beyond its table is a finding of the row's judge.
+        page = ledger.flat_table.take(self.row_at[with_older] + position // self.size, mode="clip")
+        places, older = page * self.size + position % self.size, NOWHERE
+        if with_older:
+            places, older = places[: len(start)], self._inside(places[len(start) :])
         # A row yields the token after the one whose K and V it writes.
-        ids, owner = self.flat_ids.take(at - 1), self.owners.take(slots)
-        places = ledger.flat_table.take(self.row_at + start // self.size, mode="clip") * self.size + start % self.size
-        position = start
+        ids, tokens = self.flat_ids.take(at - 1), self.slot_owners + start
         if flight.prefills:
             parts = [self._prefill(live, admission, at, n) for _, live, admission, at, n in flight.prefills]
-            parts.append((places, ids, owner, start))
-            places, ids, owner, position = (np.concatenate(column) for column in zip(*parts, strict=True))
-        # Pages that nobody may own: a broken plan names them, and P3 and P8 have said so.
-        inside = (places >= self.size) & (places < self.shadow.ids.size)
-        if not inside.all():
-            places, ids, owner, position = places[inside], ids[inside], owner[inside], position[inside]
+            places, ids, tokens = map(np.concatenate, zip(*parts, (places, ids, tokens), strict=True))
+        inside = self._inside(places)
+        if inside is not places:
+            keep = np.isin(places, inside)
+            places, ids, tokens = inside, ids[keep], tokens[keep]
         written = Written(places, self.shadow.columns(places))
-        self.shadow.write(places, ids, owner, position)
+        self.shadow.write(places, ids, tokens)
         self._judge_unique(places, ids)
-        return slots, start, written
+        return written, older
+
+    def _older(self, start: Int32[ndarray, " rows"]) -> Int32[ndarray, " rows"]:
+        """An earlier position of each decode row, another one in each step."""
+        drawn = (self.findings.step + 1) * fingerprint.GOLDEN & 0x7FFFFFFF
+        return np.remainder(drawn, np.maximum(start, 1))
+
+    def _inside(self, places: Int[ndarray, " places"]) -> Int[ndarray, " places"]:
+        """Those on pages that somebody may own: a broken plan names others, and P3 and P8 have said so."""
+        # The ufuncs themselves: an array's own min and max cost three times as much.
+        if not len(places) or (minimum.reduce(places) >= self.size and maximum.reduce(places) < self.shadow.ids.size):
+            return places
+        return places[(places >= self.size) & (places < self.shadow.ids.size)]
 
     def _seat(self) -> None:
         """Take in who sits in which slot now."""
         ledger = self.ledger
         self.joins, self.any_ends = ledger.joins, bool((ledger.eos >= 0).any())
-        for slot, live in enumerate(ledger.occupant):
-            if live is None or live.admission is None:
-                continue
-            owner = self.shadow.owner(live.id, live.admission.number)
-            if owner != self.owners[slot]:
+        owners: NDArray[np.int64] = self.shadow.owner(ledger.request.astype(np.int64), ledger.admission)
+        for slot in np.flatnonzero(owners != self.owners).tolist():
+            live = ledger.occupant[slot]
+            if live is not None and live.admission is not None:
                 ids = self._ids_of(live, live.admission)
-                self.owners[slot], self.slot_ids[slot, : len(ids)] = owner, ids
+                self.owners[slot], self.slot_ids[slot, : len(ids)] = owners[slot], ids
+        self.slots = NOWHERE
 
     def _ids_of(self, live: Live, admission: Admission) -> UInt32[ndarray, " positions"]:
         """The kv_id of every position that the admission can get to."""
@@ -169,15 +191,15 @@ class ContentJudge:
 
     def _prefill(
         self, live: Live, admission: Admission, start: int, count: int
-    ) -> tuple[Int[ndarray, " n"], UInt32[ndarray, " n"], Int64[ndarray, " n"], Int32[ndarray, " n"]]:
-        """Places, ids, owner and positions of a prefill row's tokens, as far as there are pages for them."""
+    ) -> tuple[Int[ndarray, " n"], UInt32[ndarray, " n"], Int64[ndarray, " n"]]:
+        """Places, ids and tokens of a prefill row, as far as there are pages for them."""
         size = self.ledger.page_size
         end = min(start + count, len(admission.pages) * size)
         pages = np.array(admission.pages[start // size : -(-end // size)], np.int32)
         skipped = start % size
         places = (pages[:, None] * self.size + self.offsets).reshape(-1)[skipped : skipped + end - start]
-        owner = np.full(len(places), self.shadow.owner(live.id, admission.number), np.int64)
-        return places, self._ids_of(live, admission)[start:end], owner, np.arange(start, end, dtype=np.int32)
+        owner: int = self.shadow.owner(live.id, admission.number)
+        return places, self._ids_of(live, admission)[start:end], np.arange(owner + start, owner + end)
 
     def _judge_unique(self, places: Int[ndarray, " places"], ids: UInt32[ndarray, " places"]) -> None:
         """K3: of two tokens written to one place only the later lies there."""
@@ -192,14 +214,6 @@ class ContentJudge:
                 expected="each place once",
                 found="duplicates",
             )
-
-    def _older(self, slots: Int[ndarray, " rows"], start: Int32[ndarray, " rows"]) -> Int[ndarray, " rows"]:
-        """One earlier place of each decode row, another one in each step."""
-        drawn: UInt32[ndarray, " 1"] = fingerprint.mix32(np.array([self.findings.step], np.uint32))
-        position: Int32[ndarray, " rows"] = (drawn >> np.uint32(1)).astype(np.int32) % np.maximum(start, 1)
-        page = self.ledger.flat_table.take(self.row_at + position // self.size, mode="clip")
-        places = page * self.size + position % self.size
-        return places[(page > 0) & (page < self.num_pages) & (position < start)]
 
     def _verify_pages(self, pages: Int32[ndarray, " pages"], device: Device, written: Written | None) -> None:
         """Compare every place of some pages."""

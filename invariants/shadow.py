@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from jaxtyping import Int, Int32, Int64, UInt32
+from jaxtyping import Int, Int64, UInt32
 from numpy import ndarray
 from numpy.typing import NDArray
 
@@ -13,11 +15,11 @@ PLACE = np.dtype([("id", np.uint32), ("request", np.int32), ("admission", np.int
 Places = NDArray[np.void]
 """An array of PLACE."""
 
-Columns = tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int32]]
-"""Ids, owners and positions."""
+Columns = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""Ids and tokens."""
 
-_ADMISSIONS = 1 << 24
-"""Admissions of a request that can be told apart."""
+_ADMISSION_BITS, _POSITION_BITS = 10, 22
+"""A token is one number: request, admission, position. It names; what is compared are ids."""
 
 
 class Shadow:
@@ -26,37 +28,31 @@ class Shadow:
     def __init__(self, num_pages: int, page_size: int) -> None:
         places = num_pages * page_size
         self.ids: UInt32[ndarray, " places"] = np.zeros(places, np.uint32)
-        self._owner: Int64[ndarray, " places"] = np.zeros(places, np.int64)
-        self._position: Int32[ndarray, " places"] = np.zeros(places, np.int32)
+        self._tokens: Int64[ndarray, " places"] = np.zeros(places, np.int64)
 
     @staticmethod
-    def owner(request: int, admission: int) -> int:
-        """An admission as one number."""
-        return request * _ADMISSIONS + admission
+    def owner(request: Any, admission: Any) -> Any:
+        """Admissions as numbers; added to a position, one is a token."""
+        last = (1 << _ADMISSION_BITS) - 1
+        return (request << _ADMISSION_BITS | np.minimum(admission, last)) << _POSITION_BITS
 
-    def write(
-        self,
-        places: Int[ndarray, " n"],
-        ids: UInt32[ndarray, " n"],
-        owner: Int64[ndarray, " n"],
-        position: Int32[ndarray, " n"],
-    ) -> None:
+    def write(self, places: Int[ndarray, " n"], ids: UInt32[ndarray, " n"], tokens: Int64[ndarray, " n"]) -> None:
         """Tokens lie at `places` from now on."""
         self.ids[places] = ids
-        self._owner[places] = owner
-        self._position[places] = position
+        self._tokens[places] = tokens
 
     def columns(self, places: Int[ndarray, " n"]) -> Columns:
         """What is said of some places, for `as_places`: taking note of it costs no more than that."""
-        return self.ids.take(places), self._owner.take(places), self._position.take(places)
+        return self.ids.take(places), self._tokens.take(places)
 
     @staticmethod
     def as_places(columns: Columns) -> Places:
         """What the columns say, place by place."""
-        ids, owner, position = columns
+        ids, tokens = columns
+        owner = tokens >> _POSITION_BITS
         found = np.empty(len(ids), PLACE)
-        found["id"], found["position"] = ids, position
-        found["request"], found["admission"] = owner // _ADMISSIONS, owner % _ADMISSIONS
+        found["id"], found["position"] = ids, tokens & ((1 << _POSITION_BITS) - 1)
+        found["request"], found["admission"] = owner >> _ADMISSION_BITS, owner & ((1 << _ADMISSION_BITS) - 1)
         return found
 
     def entries(self, places: Int[ndarray, " n"]) -> Places:

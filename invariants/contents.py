@@ -64,8 +64,11 @@ class ContentJudge:
         self.joins = -1
         """Of the ledger, when the slots below were brought up to date."""
         slots = policy.batch_size if self.on else 0
-        self.owners: NDArray[np.int64] = np.full(slots, -1, np.int64)
-        """Whose tokens those in `slot_ids` are."""
+        self.seated: tuple[NDArray[np.int32], NDArray[np.int32]] = (
+            np.full(slots, -1, np.int32),
+            np.zeros(slots, np.int32),
+        )
+        """Requests and admissions whose tokens those in `slot_ids` are."""
         self.slot_ids: NDArray[np.uint32] = np.zeros((slots, ledger.tokens.shape[1]), np.uint32)
         """The kv_id of each position of whoever sits in a slot."""
         self.flat_ids = self.slot_ids.reshape(-1)
@@ -136,7 +139,8 @@ class ContentJudge:
         if slots is not self.slots:
             row_at = slots * ledger.table.shape[1]
             twice = np.concatenate((row_at, row_at))
-            self.slots, self.row_at, self.slot_owners = slots, (row_at, twice), self.owners.take(slots)
+            owners = self.shadow.owner(ledger.request.take(slots).astype(np.int64), ledger.admission.take(slots))
+            self.slots, self.row_at, self.slot_owners = slots, (row_at, twice), owners
         position = np.concatenate((start, self._older(start))) if with_older else start
         # In numbers of a place of the pool; a position beyond its table is a finding of the row's judge.
         page = ledger.flat_table.take(self.row_at[with_older] + position // self.size, mode="clip")
@@ -173,12 +177,13 @@ class ContentJudge:
         """Take in who sits in which slot now."""
         ledger = self.ledger
         self.joins, self.any_ends = ledger.joins, bool((ledger.eos >= 0).any())
-        owners: NDArray[np.int64] = self.shadow.owner(ledger.request.astype(np.int64), ledger.admission)
-        for slot in np.flatnonzero(owners != self.owners).tolist():
+        request, admission = self.seated
+        for slot in np.flatnonzero((request != ledger.request) | (admission != ledger.admission)).tolist():
             live = ledger.occupant[slot]
             if live is not None and live.admission is not None:
                 ids = self._ids_of(live, live.admission)
-                self.owners[slot], self.slot_ids[slot, : len(ids)] = owners[slot], ids
+                self.slot_ids[slot, : len(ids)] = ids
+                request[slot], admission[slot] = live.id, live.admission.number
         self.slots = NOWHERE
 
     def _ids_of(self, live: Live, admission: Admission) -> UInt32[ndarray, " positions"]:

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 
 from invariants.buffers import shard_fault
 from invariants.codec import codec_fault
+from invariants.contents import ContentJudge
+from invariants.findings import Findings
+from invariants.ledger import Ledger
 from invariants.owners import Decoder
 from invariants.series import BLOCK, SeriesLog
 from invariants.shadow import PLACE
-from paged_attention.fingerprint import WORD_MASK, salts, words
-from paged_attention.plan import Evidence, ShardedArray, WrongPlace
+from paged_attention.fingerprint import WORD_MASK, kv_base, kv_id, salts, words
+from paged_attention.plan import DeclaredPolicy, Evidence, Request, ShardedArray, WrongPlace
 
 LAYERS, HEADS, DIM = 2, 3, 8
 SALTS = salts(LAYERS, HEADS, DIM)
@@ -134,3 +137,17 @@ def test_a_series_with_one_other_entry_is_told_by_block_and_column(count, data):
     )
     shorter = {name: column[:-1] for name, column in series.items()}
     assert log.difference(shorter) == f"has {count - 1} steps, and {count} were completed"
+
+
+def test_a_slot_taken_by_a_later_admission_of_its_request_holds_that_ones_words():
+    policy = DeclaredPolicy(batch_size=1, page_size=4, num_pages=8, max_sequence_length=16, prefill_chunk=4)
+    ledger = Ledger(policy, 100)
+    judge = ContentJudge(ledger, Findings(frozenset({"K1"}), 1))
+    live = ledger.submit(Request(3, np.arange(1, 5, dtype=np.int32), 2), 0)
+    for number in (1023, 1024, 1025):
+        admission = ledger.admit(live, number, 0)
+        admission.position = 4
+        ledger.join(live, admission, 0)
+        judge._seat()
+        assert judge.slot_ids[0, 4] == kv_id(kv_base([3], [number]), 4)[0]
+        ledger.leave_slot(admission)

@@ -19,12 +19,17 @@ from backends.words import check_places, differing, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 from paged_attention.plan import CacheBuffers, Ints, ShardedArray, WrongPlace
 
+_PADDING = np.full(probe.PLACES_PER_CALL[-1], probe.PADDING, np.int32)
+
 
 def page_words(programs: Programs, pools: Pools, pages: Ints) -> NDArray[np.unsignedinteger[Any]]:
     """Copies of whole pages' raw words, axes (2 for K and V, layers, heads, pages, page_size, head_dim)."""
     cache = programs.model.cache
+    if not len(pages):
+        none = (2, cache.layers, cache.kv_heads, 0, cache.page_size, cache.head_dim)
+        return np.zeros(none, WORD_MASK[programs.model.dtype][0])
     offset = np.arange(cache.page_size, dtype=np.int32)
-    held = [np.zeros((0, cache.layers, 2, cache.kv_heads, cache.head_dim), WORD_MASK[programs.model.dtype][0])]
+    held: list[Any] = []
     for part in parts(pages, probe.PAGES_PER_CALL):
         places = np.repeat(part, len(offset)), np.tile(offset, len(part))
         held.append(_fetch(programs, pools, *places)[0])
@@ -45,14 +50,9 @@ def first_wrong(
         part = slice(at, min(at + probe.PLACES_PER_CALL[-1], len(pages)))
         count = part.stop - at
         width = next(size for size in probe.PLACES_PER_CALL if size >= count)
-        packed = np.empty((3, width), np.int32)
-        packed[0, :count], packed[1, :count], packed[2, :count] = (
-            pages[part],
-            offsets[part],
-            kv_ids.view(np.int32)[part],
-        )
-        if count < width:
-            packed[:, count:] = packed[:, :1]
+        rest = _PADDING[: width - count]
+        columns = (pages[part], rest, offsets[part], rest, kv_ids[part].view(np.int32), rest)
+        packed = np.concatenate(columns).reshape(3, width)
         # A NumPy array or list of the few words costs a tenth of what `any` or `bool` of a JAX array does.
         if any(np.asarray(programs.differing_bits(width)(pools, packed)).tolist()):
             check_places(pages, offsets, programs.model.cache)

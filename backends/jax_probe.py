@@ -15,8 +15,10 @@ from backends.jax_step import PagedModel, Pools
 from backends.words import poison_scale, poison_word, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 
-PLACES_PER_CALL = (128, 640, 1024, 8192)
+PLACES_PER_CALL = (128, 320, 640, 1024, 1536, 8192)
 """Places compared in one call, padded to the smallest of these that holds them (each compiles once)."""
+PADDING = -(2**31)
+"""A place of this page, offset and identity is padding: it is compared as the first place is."""
 PAGES_PER_CALL = 64
 """Pages fetched or spoilt in one call."""
 
@@ -24,9 +26,9 @@ PAGES_PER_CALL = 64
 def differing_bits(model: PagedModel, pools: Pools, packed: Int32[Array, "3 places"]) -> UInt32[Array, " heads"]:
     """The bits in which any of these places (page, offset, kv_id) differs from what it should hold; 0: none is wrong.
 
-    A place outside the cache makes all bits differ. Heads stay apart: they may be sharded.
+    The first is no padding. A place outside the cache makes all bits differ. Heads stay apart: they may be sharded.
     """
-    page, offset, identity = packed
+    page, offset, identity = jnp.where(packed[0] == PADDING, packed[:, :1], packed)
     inside = (page >= 0) & (page < model.cache.num_pages) & (offset >= 0) & (offset < model.cache.page_size)
     outside = jnp.where(inside.all(), jnp.uint32(0), jnp.uint32(0xFFFFFFFF))
     identity = lax.bitcast_convert_type(identity, jnp.uint32)

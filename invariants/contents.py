@@ -2,9 +2,10 @@
 
 The shadow knows what must lie at each place of the pool. What is compared with the device:
 
-- each checked step: every place the step wrote, and one older token of each decode row; of all pages touched when these
-  have at most SMALL_TOUCHED places, and every WHOLE_PAGES_EVERY-th step in any case: all places of the touched pages;
-  a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it went;
+- each checked step: every place the step wrote, and as many older tokens as there are decode rows (`OlderPlaces`); in
+  their stead, where the pages touched have at most SMALL_TOUCHED places, and every WHOLE_PAGES_EVERY-th step in any
+  case: all places of these pages; a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own
+  step, wherever it went;
 - each `full_every`-th step the next WINDOW_PLACES of the pool, the dummy page left out; all of it at the end, and in
   every step where `full_every` is 1.
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from invariants.device import Device
 from invariants.findings import Findings
 from invariants.ledger import Ledger
+from invariants.older import OlderPlaces
 from invariants.records import Admission, Flight, Live
 from invariants.shadow import Shadow
 from invariants.wrong_places import Written, WrongPlaces, differing
@@ -69,16 +71,23 @@ class ContentJudge:
             np.zeros(slots, np.int32),
         )
         """Requests and admissions whose tokens those in `slot_ids` are."""
-        self.slot_ids: NDArray[np.uint32] = np.zeros((slots, ledger.tokens.shape[1]), np.uint32)
-        """The kv_id of each position of whoever sits in a slot."""
-        self.flat_ids = self.slot_ids.reshape(-1)
+        width = ledger.tokens.shape[1]
+        self.ids_before: NDArray[np.uint32] = np.zeros(slots * width + 1, np.uint32)
+        """The kv_id of each position of whoever sits in a slot, one further on: a row that yields the token at some
+        place of the ledger's flat tokens writes the K and V of the one before."""
+        self.slot_ids: NDArray[np.uint32] = self.ids_before[1:].reshape(slots, width)
+        """The same, by slot and position."""
         self.any_ends = False
         """An EOS may end somebody who sits in a slot."""
+        self.every_row: NDArray[np.intp] = np.arange(slots) * ledger.table.shape[1]
+        """Where in the ledger's flat table the pages of each slot begin."""
+        self.owners: NDArray[np.int64] = np.zeros(slots, np.int64)
+        """Who sits in each slot, as a number of the shadow."""
         self.slots: NDArray[np.intp] = NOWHERE
-        """The slots of the newest step, for which the two below hold."""
-        self.row_at = (NOWHERE, NOWHERE)
-        """Where in the ledger's flat table their pages begin, once and twice over."""
-        self.slot_owners = np.zeros(0, np.int64)
+        """The slots of the newest step: the next two are their part of the two above."""
+        self.row_at: NDArray[np.intp] = NOWHERE
+        self.slot_owners: NDArray[np.int64] = NOWHERE
+        self.older = OlderPlaces(ledger, self.shadow)
         self.compared = self.held = self.framed = self.unique = 0
 
     def open(self, device: Device) -> bool:
@@ -107,7 +116,7 @@ class ContentJudge:
         """Follow a step's writes, and (`check`) compare the device with the shadow."""
         is_small = self.num_pages * self.ledger.page_size <= SMALL_PLACES
         is_turn = is_small or self.findings.step % WHOLE_PAGES_EVERY == 0
-        written, older = self._follow(flight, with_older=check and not is_turn)
+        written = self._follow(flight)
         places = written.places
         if not check:
             return
@@ -117,6 +126,7 @@ class ContentJudge:
             touched = np.flatnonzero(np.bincount(places // self.size, minlength=self.num_pages)).astype(np.int32)
             self._verify_pages(touched, device, written)
         else:
+            older = self.older.next_places(flight.slots)
             both = np.concatenate((places, older))
             self.framed += len(older)
             self.compared += len(both)
@@ -128,8 +138,8 @@ class ContentJudge:
         if wrong and self.report is not None:
             self.report.judge(wrong, device, written)
 
-    def _follow(self, flight: Flight, *, with_older: bool) -> tuple[Written, Int[ndarray, " older"]]:
-        """The shadow holds the tokens of this step from now on: what it writes, and an older place of each decode."""
+    def _follow(self, flight: Flight) -> Written:
+        """The shadow holds the tokens of this step from now on."""
         ledger, slots, start, at = self.ledger, flight.slots, flight.start, flight.at
         if self.joins != ledger.joins:
             self._seat()
@@ -137,46 +147,27 @@ class ContentJudge:
             alive = ~dead_rows(ledger.eos.take(slots), start)
             slots, start, at = slots[alive], start[alive], at[alive]
         if slots is not self.slots:
-            row_at = slots * ledger.table.shape[1]
-            twice = np.concatenate((row_at, row_at))
-            owners = self.shadow.owner(ledger.request.take(slots).astype(np.int64), ledger.admission.take(slots))
-            self.slots, self.row_at, self.slot_owners = slots, (row_at, twice), owners
-        position = np.concatenate((start, self._older(start))) if with_older else start
-        # In numbers of a place of the pool; a position beyond its table is a finding of the row's judge.
-        page = ledger.flat_table.take(self.row_at[with_older] + position // self.size, mode="clip")
-        places, older = page * self.size + position % self.size, NOWHERE
-        if with_older:
-            places, older = places[: len(start)], self._inside(places[len(start) :])
-        # A row yields the token after the one whose K and V it writes.
-        ids, tokens = self.flat_ids.take(at - 1), self.slot_owners + start
+            self.slots, self.row_at, self.slot_owners = slots, self.every_row.take(slots), self.owners.take(slots)
+        logical, offset = np.divmod(start, self.size)
+        # A position beyond its table is a finding of the row's judge.
+        places = ledger.flat_table.take(self.row_at + logical, mode="clip") * self.size + offset
+        ids, tokens = self.ids_before.take(at), self.slot_owners + start
+        # So is one without a page: its place is the dummy page's. The ufunc itself: `min` costs three times as much.
+        if len(places) and minimum.reduce(places) < self.size:
+            keep = places >= self.size
+            places, ids, tokens = places[keep], ids[keep], tokens[keep]
         if flight.prefills:
             parts = [self._prefill(live, admission, at, n) for _, live, admission, at, n in flight.prefills]
             places, ids, tokens = map(np.concatenate, zip(*parts, (places, ids, tokens), strict=True))
-        inside = self._inside(places)
-        if inside is not places:
-            keep = np.isin(places, inside)
-            places, ids, tokens = inside, ids[keep], tokens[keep]
         written = Written(places, self.shadow.columns(places))
         self.shadow.write(places, ids, tokens)
         self._judge_unique(places, ids)
-        return written, older
-
-    def _older(self, start: Int32[ndarray, " rows"]) -> Int32[ndarray, " rows"]:
-        """An earlier position of each decode row, another one in each step."""
-        drawn = (self.findings.step + 1) * fingerprint.GOLDEN & 0x7FFFFFFF
-        return np.remainder(drawn, np.maximum(start, 1))
-
-    def _inside(self, places: Int[ndarray, " places"]) -> Int[ndarray, " places"]:
-        """Those on pages that somebody may own: a broken plan names others, and P3 and P8 have said so."""
-        # The ufuncs themselves: an array's own min and max cost three times as much.
-        if not len(places) or (minimum.reduce(places) >= self.size and maximum.reduce(places) < self.shadow.ids.size):
-            return places
-        return places[(places >= self.size) & (places < self.shadow.ids.size)]
+        return written
 
     def _seat(self) -> None:
         """Take in who sits in which slot now."""
         ledger = self.ledger
-        self.joins, self.any_ends = ledger.joins, bool((ledger.eos >= 0).any())
+        self.joins, self.any_ends = ledger.joins, bool(maximum.reduce(ledger.eos, initial=-1) >= 0)
         request, admission = self.seated
         for slot in np.flatnonzero((request != ledger.request) | (admission != ledger.admission)).tolist():
             live = ledger.occupant[slot]
@@ -184,6 +175,7 @@ class ContentJudge:
                 ids = self._ids_of(live, live.admission)
                 self.slot_ids[slot, : len(ids)] = ids
                 request[slot], admission[slot] = live.id, live.admission.number
+                self.owners[slot] = self.shadow.owner(live.id, live.admission.number)
         self.slots = NOWHERE
 
     def _ids_of(self, live: Live, admission: Admission) -> UInt32[ndarray, " positions"]:
@@ -203,7 +195,7 @@ class ContentJudge:
         pages = np.array(admission.pages[start // size : -(-end // size)], np.int32)
         skipped = start % size
         places = (pages[:, None] * self.size + self.offsets).reshape(-1)[skipped : skipped + end - start]
-        owner: int = self.shadow.owner(live.id, admission.number)
+        owner = self.shadow.owner(live.id, admission.number)
         return places, self._ids_of(live, admission)[start:end], np.arange(owner + start, owner + end)
 
     def _judge_unique(self, places: Int[ndarray, " places"], ids: UInt32[ndarray, " places"]) -> None:

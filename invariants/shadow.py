@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Int, Int64, UInt32
 from numpy import ndarray
@@ -31,10 +29,9 @@ class Shadow:
         self._tokens: Int64[ndarray, " places"] = np.zeros(places, np.int64)
 
     @staticmethod
-    def owner(request: Any, admission: Any) -> Any:
-        """Admissions as numbers; added to a position, one is a token."""
-        last = (1 << _ADMISSION_BITS) - 1
-        return (request << _ADMISSION_BITS | np.minimum(admission, last)) << _POSITION_BITS
+    def owner(request: int, admission: int) -> int:
+        """An admission as a number; added to a position, it is a token."""
+        return (request << _ADMISSION_BITS | min(admission, (1 << _ADMISSION_BITS) - 1)) << _POSITION_BITS
 
     def write(self, places: Int[ndarray, " n"], ids: UInt32[ndarray, " n"], tokens: Int64[ndarray, " n"]) -> None:
         """Tokens lie at `places` from now on."""

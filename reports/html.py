@@ -64,8 +64,7 @@ def _contents(record: RunRecord) -> dict[str, Any]:
         },
         "violations": [(violation, _evidence(violation)) for violation in record.violations],
         "events": _last_lines(failure / "events.txt"),
-        "replay": _last_lines(failure / "replay.txt")
-        or f"kvproof replay {shlex.quote(str(record.folder / 'scenario.yaml'))}",
+        "replay": _last_lines(failure / "replay.txt") or f"kvproof replay {shlex.quote(str(record.folder))}",
         "plots": _plots(record),
     }
 

@@ -157,8 +157,6 @@ class RunRecord:
     def load(cls, folder: Path) -> RunRecord:
         """Read and check a run folder. RecordError: a file is missing, unreadable, cut short or of another format."""
         folder = Path(folder)
-        if not folder.is_dir():
-            raise RecordError(f"{folder}: no such run folder; give the folder that `kvproof run` printed")
         summary = read_summary(folder)
         return cls(
             folder=folder,
@@ -182,6 +180,8 @@ def number(summary: Mapping[str, Any], path: str) -> float | None:
 
 def read_summary(folder: Path) -> Mapping[str, Any]:
     """The checked summary.json of a run folder. RecordError: missing, no JSON, or of another schema."""
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: no such run folder; give the folder that `kvproof run` printed")
     path = folder / "summary.json"
     text = _read_text(path)
     try:

@@ -36,11 +36,13 @@ def figure(record: RunRecord) -> Figure:
     ):
         top, bottom = axes[column], axes[2 + column]
         unit = style.time_unit(sample.quantile(0.5) if sample.total else 1e9)
-        top.set_ylabel(f"share of {sample.total:,} {what} [%]")
+        top.set_ylabel(f"share of {sample.total:,} {what.removesuffix('s') if sample.total == 1 else what} [%]")
         bottom.set_ylabel(f"{what} at most this long [%]")
         bottom.set_xlabel(f"{name}, {record.clock} time [{unit.name}]")
         if not sample.total:
-            style.say(top, f"no {what} to show")
+            for one in (top, bottom):
+                style.say(one, f"no {what} to show")
+                one.set_xticks([])
             continue
         distribution(top, bottom, sample, unit, colour)
     return figure

@@ -162,7 +162,8 @@ def legend(axes: Axes, title: str | None = None, **options: Any) -> None:
 
 
 def say(axes: Axes, text: str) -> None:
-    """A sentence in place of data that are not there."""
+    """A sentence in place of data that are not there, and no scale for them."""
+    axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#444444")
 
 
@@ -244,6 +245,13 @@ def whole_numbers(axes: Axes) -> None:
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Figures of the y axis written out, with thousands separators."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
 
 
 def plain_log_ticks(axes: Axes) -> None:

@@ -38,8 +38,8 @@ def figure(record: RunRecord) -> Figure:
         (axes[1], "decode", series.decode_tokens, style.BLUE),
     ):
         one.set_ylabel(f"{name} tokens / s")
-        if not len(series.step):
-            style.say(one, "no step was run")
+        if not tokens.any():
+            style.say(one, f"no {name} tokens" if len(series.step) else "no step was run")
             continue
         rate = curves.tokens_per_second(series, tokens, edges)
         mean = float(tokens.sum()) / ((last - first) * 1e-9)
@@ -48,6 +48,7 @@ def figure(record: RunRecord) -> Figure:
         style.line(one, edges / time.unit.ns, rate, color=colour, linewidth=1.4, label=label)
         one.axhline(mean, color="black", linestyle="--", linewidth=1.1, label=f"mean {mean:,.4g} / s")
         one.set_ylim(0, None)
+        style.plain_ticks(one)
         style.legend(one)
     style.mark_violations(axes, record, time)
     return figure

@@ -64,7 +64,7 @@ def test_the_table_is_aligned_and_names_both_runs(two):
 
 
 def test_a_missing_run_is_named(two, tmp_path):
-    with pytest.raises(RecordError, match=r"nowhere/summary\.json: missing"):
+    with pytest.raises(RecordError, match=r"nowhere: no such run folder"):
         compare(two[0], tmp_path / "nowhere")
 
 

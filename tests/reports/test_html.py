@@ -84,7 +84,7 @@ def test_the_report_tells_verdict_violation_evidence_and_replay(run):
     assert "P1 at step 60" in words
     assert "page 7 has two owners: requests 3 and 5 <b>both</b>" in words
     assert '{"page": 7, "owners": [3, 5]}' in words
-    assert re.search(r"kvproof replay '\S*/broken <run>-20260101T000000Z-0007/scenario.yaml'", words)
+    assert re.search(r"kvproof replay '\S*/broken <run>-20260101T000000Z-0007'", words)
     assert f"T1 {steps} 0 0 nothing to compare" in words
     assert f"P1 {steps} {steps} 1 ✗ violated" in words
 
@@ -120,7 +120,7 @@ def test_expectations_and_refusals_are_listed(run, summary):
     summary["invariants"]["K1"] = {"checked": 0, "nontrivial": 0, "violated": 0}
     (run / "summary.json").write_text(json.dumps(summary))
     words = page_of(run).words
-    assert "2 invariants checked" in words
+    assert "Invariants checked: 2." in words
     assert "✓ held" in words
     assert "violated P1 P1 ✓ held" in words
     assert "prompt is too long 3" in words

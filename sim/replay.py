@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+from sim.parts import Progress
 from sim.run import Report, run_whole
 from sim.run_folder import FAILURE, SCENARIO, SUMMARY, VIOLATIONS, read_json, read_step_hashes
 from sim.scenario import Scenario, load_scenario
@@ -55,7 +57,7 @@ def scenario_of(path: Path) -> Scenario:
     return load_scenario(path / SCENARIO if path.is_dir() else path)
 
 
-def load_recorded(path: Path) -> Recorded:
+def load_recorded(path: Path, progress: Callable[[Progress], None] | None = None) -> Recorded:
     """The run behind a run folder, its failure folder or a scenario file.
 
     A file says in `expect.first` what was found; one without it is run once to have a record.
@@ -67,13 +69,14 @@ def load_recorded(path: Path) -> Recorded:
         first = scenario.expect.first
         if first is not None:
             return Recorded(scenario, first.trace_hash, b"", ((first.id, first.step),), whole=True)
-        return _of_report(run_whole(scenario))
+        return _of_report(run_whole(scenario, progress=progress))
     for name, read in ((SUMMARY, _of_run), (VIOLATIONS, _of_failure)):
         if (path / name).is_file():
             try:
                 return read(path, scenario)
             except (KeyError, TypeError, ValueError, OSError) as error:
-                raise ReplayError(f"{path}: the record is damaged ({error}); run the scenario again") from None
+                what = f"{name}: no {error}" if isinstance(error, KeyError) else error
+                raise ReplayError(f"{path}: the record is damaged ({what}); run the scenario again") from None
     raise ReplayError(f"{path}: there is neither {SUMMARY} nor {VIOLATIONS}; give a run folder or its {FAILURE}/")
 
 
@@ -98,9 +101,9 @@ def _pairs(found: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     return (*pairs, (CRASH, int(found["steps"]))) if found["crash"] else pairs
 
 
-def replay(recorded: Recorded) -> Comparison:
+def replay(recorded: Recorded, progress: Callable[[Progress], None] | None = None) -> Comparison:
     """Run it again and compare. KeyboardInterrupt: Ctrl-C ended the run."""
-    report = run_whole(recorded.scenario)
+    report = run_whole(recorded.scenario, progress=progress)
     again = _of_report(report)
     differences: list[str] = []
     step = first_difference(recorded.step_hashes, again.step_hashes)
@@ -110,7 +113,10 @@ def replay(recorded: Recorded) -> Comparison:
     elif recorded.whole and recorded.step_hashes and before != after:
         differences.append(f"the recorded run completed {before} steps, this one {after}")
     elif recorded.whole and recorded.trace_hash != again.trace_hash:
-        differences.append(f"the runs part after the last completed step {after - 1}")
+        differences.append(
+            f"the runs part after the last completed step {after - 1}: "
+            f"recorded is trace {recorded.trace_hash}, found {again.trace_hash}"
+        )
     if recorded.whole and recorded.violations != again.violations[: len(recorded.violations)]:
         differences.append(f"the recorded run violated {_named(recorded)}, this one {_named(again)}")
     return Comparison(report, not differences, tuple(differences))

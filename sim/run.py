@@ -170,9 +170,14 @@ def _run(
     return report
 
 
-def run_whole(scenario: Scenario, workload: Workload | None = None, audit: Audit = True) -> Report:
+def run_whole(
+    scenario: Scenario,
+    workload: Workload | None = None,
+    audit: Audit = True,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
     """`run` for those who have no use for a part of one. KeyboardInterrupt: Ctrl-C ended it."""
-    report = run(scenario, workload=workload, audit=audit)
+    report = run(scenario, workload=workload, audit=audit, progress=progress)
     if report.exit_code == ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     return report

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
-from collections.abc import Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +41,19 @@ def new_folder(parent: Path, name: str) -> Path:
     return folder
 
 
+@contextmanager
+def unless_unused(folder: Path) -> Generator[None]:
+    """Removes the folder where what happens inside ends in an error before there is more to keep than a scenario."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [SCENARIO]:
+                (folder / SCENARIO).unlink()
+            folder.rmdir()
+        raise
+
+
 def write_scenario(folder: Path, scenario: Scenario) -> None:
     """Write the resolved scenario. OSError: the folder does not take it."""
     dump_scenario(scenario, folder / SCENARIO)
@@ -66,7 +82,12 @@ def write_failure(
         },
     )
     (failure / EVENTS).write_text("\n".join(events) + "\n", encoding="utf-8")
-    (failure / REPLAY).write_text(f"kvproof replay {shlex.quote(str(failure))}\n", encoding="utf-8")
+    (failure / REPLAY).write_text(replay_command(failure) + "\n", encoding="utf-8")
+
+
+def replay_command(folder: Path) -> str:
+    """What a shell runs to replay a run folder or its failure folder."""
+    return f"kvproof replay {shlex.quote(str(folder))}"
 
 
 def write_record(folder: Path, recorder: Recorder, summary: dict[str, Any]) -> None:
@@ -85,8 +106,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON value. OSError, json.JSONDecodeError (a ValueError)."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read one JSON value. OSError; ValueError: it is none, with file and line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: no JSON at line {error.lineno}: {error.msg}") from None
 
 
 def request_lines(recorder: Recorder) -> Iterator[str]:
@@ -131,6 +155,9 @@ def series_arrays(recorder: Recorder) -> dict[str, Any]:
 
 
 def read_step_hashes(folder: Path) -> bytes:
-    """The digests of every completed step of a recorded run. OSError, KeyError, ValueError: no such record."""
-    with np.load(folder / SERIES, allow_pickle=False) as archive:
-        return archive["step_hash"].tobytes()
+    """The digests of every completed step of a recorded run. OSError; ValueError: there is no such record."""
+    try:
+        with np.load(folder / SERIES, allow_pickle=False) as archive:
+            return archive["step_hash"].tobytes()
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError):
+        raise ValueError(f"{SERIES}: no readable NumPy archive with step_hash") from None

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sim.cli.options import AsJson, Quiet, RunFolder, exits
+from sim.cli.show import busy, counted, progress_bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def register(app: typer.Typer) -> None:
@@ -28,7 +32,9 @@ def plot(run: RunFolder, as_json: AsJson = False, quiet: Quiet = False) -> int:
     """
     from reports.plots import draw
 
-    return _list_files(draw(run), as_json=as_json, quiet=quiet)
+    with busy(_notes(quiet), "drawing plots"):
+        files = draw(run)
+    return _list_files(files, as_json=as_json, quiet=quiet)
 
 
 def report(run: RunFolder, as_json: AsJson = False, quiet: Quiet = False) -> int:
@@ -38,7 +44,15 @@ def report(run: RunFolder, as_json: AsJson = False, quiet: Quiet = False) -> int
     """
     from reports.html import write
 
-    return _list_files([write(run)], as_json=as_json, quiet=quiet)
+    with busy(_notes(quiet), "writing the report"):
+        file = write(run)
+    return _list_files([file], as_json=as_json, quiet=quiet)
+
+
+def _notes(quiet: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
 
 def _list_files(files: list[Path], *, as_json: bool, quiet: bool) -> int:
@@ -87,13 +101,15 @@ def replay(
     from sim.replay import load_recorded, scenario_of
     from sim.replay import replay as run_again
 
-    wanted = wanted_count(scenario_of(path))
+    scenario = scenario_of(path)
+    wanted = wanted_count(scenario)
     if wanted > forced_count():
         flags = ["--json"] * as_json + ["--quiet"] * quiet
         output, status = run_with_devices(wanted, ["replay", str(path), *flags])
         sys.stdout.write(output)
         return status
-    comparison = run_again(load_recorded(path))
+    with progress_bar(_notes(quiet), scenario.name, shown=not quiet) as progress:
+        comparison = run_again(load_recorded(path, progress), progress)
     found: dict[str, Any] = {
         "path": str(path),
         "same": comparison.same,
@@ -110,7 +126,7 @@ def replay(
             typer.echo(f"violated {violation}")
         for difference in comparison.differences:
             typer.echo(difference)
-        typer.echo(f"{word}: {found['steps']:,} steps, trace {found['trace_hash']}")
+        typer.echo(f"{word}: {counted(found['steps'], 'step')}, trace {found['trace_hash']}")
     return 0 if comparison.same else 1
 
 
@@ -129,7 +145,8 @@ def judge(
     """
     from sim.judge import judge as judge_log
 
-    judgement = judge_log(log)
+    with busy(_notes(quiet), "judging"):
+        judgement = judge_log(log)
     violations = judgement.auditor.violations
     counters = judgement.auditor.counters()
     found: dict[str, Any] = {
@@ -150,5 +167,8 @@ def judge(
             typer.echo("the log has no line 'end': what must hold at the end was not checked")
         checked = sum(1 for counts in counters.values() if counts["checked"])
         word = "VIOLATED" if violations else "HELD"
-        typer.echo(f"{word}: {found['steps']:,} steps, {checked} invariants checked, {len(violations)} violations")
+        typer.echo(
+            f"{word}: {counted(found['steps'], 'step')}, {counted(checked, 'invariant')} checked, "
+            f"{counted(len(violations), 'violation')}"
+        )
     return 1 if violations else 0

@@ -6,7 +6,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,8 +101,9 @@ def run_one(scenario: Scenario, folder: Path, plan_log: Path | None, notes: Cons
     """Run one scenario in this process; its summary and exit status."""
     from sim.cli.show import progress_bar
     from sim.run import run
+    from sim.run_folder import unless_unused
 
-    with progress_bar(notes, scenario.name, shown=not notes.quiet) as progress:
+    with unless_unused(folder), progress_bar(notes, scenario.name, shown=not notes.quiet) as progress:
         report = run(
             scenario,
             out=folder,
@@ -117,8 +117,9 @@ def run_one(scenario: Scenario, folder: Path, plan_log: Path | None, notes: Cons
 def _draw(folder: Path, notes: Console) -> None:
     from reports import html, perfetto
     from reports.plots import draw
+    from sim.cli.show import busy
 
-    with notes.status("drawing plots") if notes.is_terminal and not notes.quiet else nullcontext():
+    with busy(notes, "drawing plots"):
         draw(folder)
         html.write(folder)
         perfetto.write(folder)
@@ -144,11 +145,14 @@ def _folders(out: Path | None, scenarios: list[Scenario]) -> Iterator[Path]:
 
 def _show(console: Console, summary: dict[str, Any], folder: Path) -> None:
     from sim.cli.show import summary_lines, verdict_lines
+    from sim.run_folder import FAILURE, replay_command
 
     for line in (*summary_lines(summary), f"run folder: {folder}"):
         console.print(line, markup=False)
     styles = {"held": "bold green", "objective missed": "bold yellow"}
     *details, verdict = verdict_lines(summary)
+    if (folder / FAILURE).is_dir():
+        details.append(f"replay it with: {replay_command(folder / FAILURE)}")
     for line in details:
         console.print(line, markup=False)
     console.print(verdict, markup=False, style=styles.get(summary["verdict"], "bold red"))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from sim.cli.options import AsJson, Overrides, Quiet, exits
+from sim.cli.show import counted
 from sim.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _progress(console: Console) -> Generator[Callable[[FuzzResult], None]]:
 
 def _line(result: FuzzResult) -> str:
     broken = ", ".join(sorted(result.shrunk)) or "nothing broke"
-    return f"{result.scenarios:,} scenarios, {result.steps:,} checked steps, {broken}"
+    return f"{counted(result.scenarios, 'scenario')}, {counted(result.steps, 'checked step')}, {broken}"
 
 
 def _show_fuzz(found: dict[str, Any]) -> None:
@@ -159,15 +160,15 @@ def _show_fuzz(found: dict[str, Any]) -> None:
     hit = len(found["sometimes"]) - len(never)
     word = "BROKE" if found["violations"] else "HELD"
     typer.echo(
-        f"{word}: seed {found['seed']}: {found['scenarios']:,} scenarios, {found['steps']:,} checked steps, "
+        f"{word}: seed {found['seed']}: {counted(found['scenarios'], 'scenario')}, "
+        f"{counted(found['steps'], 'checked step')}, "
         f"{found['steps_per_spin']:,.0f} per spin, {hit} of {len(found['sometimes'])} situations met, "
-        f"{len(found['violations'])} statements broke"
+        f"{counted(len(found['violations']), 'statement')} broke"
     )
 
 
 def _size(requests: int, operations: int) -> str:
-    counts = ((requests, "request"), (operations, "operation"))
-    return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+    return f"{counted(requests, 'request')}, {counted(operations, 'operation')}"
 
 
 def explore(
@@ -255,8 +256,8 @@ def explore(
                 typer.echo(f"  {number}. {action}")
         word = "BROKE" if found.violations else "EXHAUSTED" if found.exhausted else "UNFINISHED"
         typer.echo(
-            f"{word}: {found.states:,} states, {found.transitions:,} transitions, depth {found.depth}, "
-            f"{len(found.violations)} violations"
+            f"{word}: {counted(found.states, 'state')}, {counted(found.transitions, 'transition')}, "
+            f"depth {found.depth}, {counted(len(found.violations), 'violation')}"
         )
     if found.violations:
         return ExitCode.BROKE
@@ -300,7 +301,9 @@ def shrink(
                 wanted=before.pin or None,
                 budget=budget,
                 progress=lambda tried, operations: (
-                    status.update(f"{tried} scenarios tried, {operations} operations left") if status else None
+                    status.update(f"{counted(tried, 'scenario')} tried, {counted(operations, 'operation')} left")
+                    if status
+                    else None
                 ),
             )
         except NothingToShrinkError as error:

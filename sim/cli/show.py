@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ def _row(label: str, value: float | str | None) -> str:
     return f"{label:<36}{text:>{WIDTH - 36}}"
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 step`, `2 steps`, `1,000 steps`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share * 100:.1f}"
 
@@ -93,12 +98,18 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             " (kvproof calibrate with a scenario that has such steps)"
         )
     checked = sum(1 for counts in summary["invariants"].values() if counts["checked"])
+    violated = sum(counts["violated"] for counts in summary["invariants"].values())
+    wanted = " (expected)" if violated and summary["verdict"] == "held" else ""
     yield (
-        f"{summary['verdict'].upper()}: {summary['name']}: {summary['steps']:,} steps, "
-        f"{summary['tokens']['scheduled']:,} tokens, {checked} invariants checked, "
-        f"{sum(counts['violated'] for counts in summary['invariants'].values())} violations, "
-        f"trace {summary['trace_hash']}"
+        f"{summary['verdict'].upper()}: {summary['name']}: {counted(summary['steps'], 'step')}, "
+        f"{counted(summary['tokens']['scheduled'], 'token')}, {counted(checked, 'invariant')} checked, "
+        f"{counted(violated, 'violation')}{wanted}, trace {summary['trace_hash']}"
     )
+
+
+def busy(console: Console, what: str) -> AbstractContextManager[object]:
+    """Says what is being done as long as it lasts; on anything but a terminal it does nothing."""
+    return console.status(what) if console.is_terminal and not console.quiet else nullcontext()
 
 
 @contextmanager

@@ -177,12 +177,11 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 "sim.replay:replay",
-                "run_whole(recorded.scenario)",
+                "run_whole(recorded.scenario,",
                 """run_whole(
         recorded.scenario.model_copy(
             update={"cache": recorded.scenario.cache.model_copy(update={"page_size": 16})}
-        )
-    )""",
+        ),""",
             ),
         ),
         driver="contract:replays",

@@ -156,7 +156,7 @@ def read_trace(
             origin = previous = row.time_ns
         if row.time_ns < previous:
             raise row.place.broken(
-                f"it arrives {previous - row.time_ns} ns before the row above: sort the file by time"
+                f"it arrives {(previous - row.time_ns) / 1e9:,.9g} s before the row above: sort the file by time"
             )
         previous = row.time_ns
         if row.prompt_tokens == 0 or row.output_tokens == 0:

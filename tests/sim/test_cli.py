@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,6 +128,7 @@ USER_ERRORS: dict[str, tuple[list[str], int, str]] = {
     "unknown backend": (["run", "small.yaml", "--set", "backend.kind=mine"], 6, "none, numpy"),
     "a file as run folder": (["run", "small.yaml", "--out", "small.yaml"], 2, "small.yaml: File exists"),
     "no run": (["plot", "nothing"], 2, "no such run folder"),
+    "no run to compare": (["diff", "nothing", "nothing"], 2, "no such run folder"),
     "no log": (["judge", "nothing.jsonl"], 2, "nothing.jsonl: No such file"),
     "no record": (["replay", "."], 2, "give a run folder"),
     "unknown list": (["list", "invariant"], 2, "did you mean 'invariants'?"),
@@ -145,6 +148,7 @@ def test_a_user_error_is_one_sentence_with_its_exit_status(case: str, kvproof: A
     assert out == ""
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if not line.startswith(("Usage:", "Try "))]) <= 2
+    assert not list(Path().glob("runs/*")), "a run that never began leaves no folder"
 
 
 def test_a_full_disk_is_one_sentence(kvproof: Any, scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +280,40 @@ def test_a_run_replays_the_same_and_a_changed_one_does_not(kvproof: Any, scenari
     Path("run/summary.json").write_text(json.dumps({**summary, "trace_hash": "0" * 16}))
     status, out, _ = kvproof("replay", "run", "--json")
     assert status == 1
-    assert json.loads(out)["differences"] == [f"the runs part after the last completed step {summary['steps'] - 1}"]
+    assert json.loads(out)["differences"] == [
+        f"the runs part after the last completed step {summary['steps'] - 1}: "
+        f"recorded is trace {'0' * 16}, found {summary['trace_hash']}"
+    ]
+
+
+def test_a_failing_run_names_the_command_that_replays_it(kvproof: Any, scenario: Path) -> None:
+    status, out, _ = kvproof("run", scenario, "--no-plots", "--out", "run dir", "--set", "plant=leak-on-finish")
+    assert status == 1
+    (line,) = (line for line in out.splitlines() if line.startswith("replay it with: "))
+    program, *arguments = shlex.split(line.removeprefix("replay it with: "))
+    assert program == "kvproof"
+    status, out, _ = kvproof(*arguments)
+    assert status == 0
+    assert "violated P10 at step" in out
+
+
+def test_a_violation_that_was_expected_is_told_as_such(kvproof: Any, scenario: Path) -> None:
+    wanted = ["plant=leak-on-finish", "expect={violations: 1, violated: [P10]}"]
+    status, out, _ = kvproof("run", scenario, "--no-plots", *(word for key in wanted for word in ("--set", key)))
+    assert status == 0
+    assert re.search(r"^HELD: .* 1 violation \(expected\), trace", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("series.npz", b"PK"), ("series.npz", b""), ("summary.json", b"{"), ("summary.json", b"{}")],
+)
+def test_a_damaged_record_is_named_when_it_is_replayed(name: str, content: bytes, kvproof: Any, scenario: Path) -> None:
+    kvproof("run", scenario, "--quiet", "--no-plots", "--out", "run")
+    Path("run", name).write_bytes(content)
+    status, out, err = kvproof("replay", "run")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"run: the record is damaged ({name}: ")
 
 
 def test_diff_tells_what_differs(kvproof: Any, scenario: Path) -> None:

@@ -180,7 +180,7 @@ def test_scale_and_limit_are_exact() -> None:
         (
             "azure",
             AZURE + "2023-11-16 18:17:03.9,4808,10\r\n2023-11-16 18:17:03.8,1,1\r\n",
-            "t:3: row 2: it arrives 100000000 ns before the row above: sort the file by time",
+            "t:3: row 2: it arrives 0.1 s before the row above: sort the file by time",
         ),
         (
             "azure",

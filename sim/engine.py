@@ -11,7 +11,8 @@ lag, the next step is already dispatched by then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import simpy
@@ -22,6 +23,7 @@ from sim.clock import Moment, Order
 from sim.cores.checked import CoreFormError, raised
 from sim.cores.protocol import ServingCore
 from sim.disturbances import Disturber
+from sim.hang import HangError, HangWatch
 from sim.observer import listeners
 from sim.part_calls import PartError, ask, part_error
 from sim.parts import Parts, Progress
@@ -39,10 +41,14 @@ class Engine:
         *,
         stop_at_first: bool = True,
         audit_device: bool = True,
+        hang_seconds: float = 0.0,
         progress: Callable[[Progress], None] | None = None,
         checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
-        """`progress` is called now and then; `checkpoint` before every plan: what it raises ends the run."""
+        """`progress` is called now and then; `checkpoint` before every plan: what it raises ends the run.
+
+        A call of the core that takes longer than `hang_seconds` (wall time; 0: any) ends it with a PartError.
+        """
         self._core = parts.core
         self._backend = parts.backend
         self._script = parts.script
@@ -61,6 +67,7 @@ class Engine:
         self._on_applied = listeners(parts.observers, "applied")
         self._on_abandoned = listeners(parts.observers, "abandoned")
         self._on_ended = listeners(parts.observers, "ended")
+        self._hang_seconds = hang_seconds
         self._progress = progress
         self._checkpoint = checkpoint
         self._env = simpy.Environment()
@@ -107,23 +114,33 @@ class Engine:
             sources.append(self._source(Order.ARRIVAL, self._open_arrivals()))
         if self._faults.cancels_at_ns:
             sources.append(self._source(Order.CANCEL, self._timed_cancels()))
-        self._feed()
-        self._go_on()
-        for begin in sources:
-            begin()
-        self._env.run(until=self._over)
+        with self._watched():
+            self._feed()
+            self._go_on()
+            for begin in sources:
+                begin()
+            self._env.run(until=self._over)
 
     def judge_end(self) -> None:
         """Let the auditor judge the run as a whole; only where it ran to its end and did not stop at a violation."""
         if self._fatal:
             return
-        pending = ask(self._num_plans, self._core.pending)
-        for ended in self._on_ended:
-            ended(self.now_ns, pending)
-        if self._auditor is None:
-            return
-        totals = self._recorder.totals(self.now_ns)
-        self._auditor.finished(self.now_ns, pending, self._snapshot, self._audited_device, totals)
+        with self._watched():
+            pending = ask(self._num_plans, self._core.pending)
+            for ended in self._on_ended:
+                ended(self.now_ns, pending)
+            if self._auditor is not None:
+                totals = self._recorder.totals(self.now_ns)
+                self._auditor.finished(self.now_ns, pending, self._snapshot, self._audited_device, totals)
+
+    @contextmanager
+    def _watched(self) -> Generator[None]:
+        """PartError: a call of the core did not return."""
+        try:
+            with HangWatch(self._hang_seconds):
+                yield
+        except HangError as error:
+            raise PartError(f"step {self._num_plans}: {error}") from error
 
     def close(self) -> int:
         """Close what is still open in the record; return the time of the end in ns."""

@@ -51,18 +51,25 @@ def _violations(expect: Expectations, violated: set[str], summary: Mapping[str, 
             held=violated == set(expect.violated),
         )
     if expect.first is not None:
-        wanted, seen = f"{expect.first.id} at step {expect.first.step}", _first(summary)
+        first = expect.first
+        wanted, seen = _told(first.id, first.cause, first.step), _first(summary, with_cause=first.cause != "")
         yield Check(FIRST, wanted, seen, seen == wanted)
     if expect.violations is not None or not (expect.violated or expect.first):
         yield _count("violations", expect.violations or 0, found)
 
 
-def _first(summary: Mapping[str, Any]) -> str:
+def _first(summary: Mapping[str, Any], *, with_cause: bool) -> str:
     """The first violation of a run, as in expect.first."""
     if summary["violations"]:
         first = summary["violations"][0]
-        return f"{first['id']} at step {first['step']}"
-    return f"crash at step {summary['steps']}" if summary["crash"] else "none"
+        return _told(first["id"], "", first["step"])
+    if not summary["crash"]:
+        return "none"
+    return _told(summary["crash_id"], summary["crash_cause"] if with_cause else "", summary["steps"])
+
+
+def _told(name: str, cause: str, step: int) -> str:
+    return f"{name}{f' ({cause})' if cause else ''} at step {step}"
 
 
 def _counts(expect: Expectations, summary: Mapping[str, Any]) -> Iterator[Check]:

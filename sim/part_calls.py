@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
+from typing import Final, TypeVar, TypeVarTuple
 
 from sim.cores.checked import CheckedCore, CoreFormError, raised
+from sim.hang import HangError
 
 A = TypeVarTuple("A")
 T = TypeVar("T")
 
 
+CRASH: Final = "crash"
+"""Stands for an invariant's id where the core or the backend raised."""
+HANG: Final = "hang"
+"""Stands for an invariant's id where a call of the core did not return."""
+
+
 class PartError(Exception):
-    """The core or the backend raised where its protocol does not let it; the message says where and what."""
+    """The core or the backend raised where its protocol does not let it, or a call of the core did not return.
+
+    The message says where and what.
+    """
+
+    @property
+    def id(self) -> str:
+        """HANG or CRASH."""
+        return HANG if isinstance(self.__cause__, HangError) else CRASH
+
+    @property
+    def cause(self) -> str:
+        """Of a crash the class of what was raised, of a hang the call that did not return."""
+        error = self.__cause__ or self
+        return error.call if isinstance(error, HangError) else type(error).__name__
 
 
 def ask(step: int, call: Callable[[*A], T], *args: *A) -> T:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
+from sim.part_calls import CRASH
 from sim.parts import Progress
 from sim.run import Report, run_whole
 from sim.run_folder import FAILURE, SCENARIO, SUMMARY, VIOLATIONS, read_json, read_step_hashes
@@ -18,11 +19,21 @@ class ReplayError(Exception):
     """There is nothing to replay at that path; the message says what was looked for."""
 
 
-CRASH: Final = "crash"
-"""Stands for an invariant's id where the core or the backend raised."""
-
 CUT_SHORT: Final = ("interrupted", "trace wrong", "plan log not written")
 """Verdicts of a run that did not come to its own end."""
+
+
+class Shown(NamedTuple):
+    """What a run showed: a violation, or how a call of a part ended it."""
+
+    id: str
+    step: int
+    """Of a crash or a hang the steps that were completed."""
+    cause: str = ""
+    """What `PartError.cause` says of it; "": the record does not say."""
+
+    def __str__(self) -> str:
+        return f"{self.id}{f' ({self.cause})' if self.cause else ''} at step {self.step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +43,8 @@ class Recorded:
     scenario: Scenario
     trace_hash: str
     step_hashes: bytes
-    violations: tuple[tuple[str, int], ...]
-    """(id, step) of each; a crash comes last, with the steps that were completed."""
+    violations: tuple[Shown, ...]
+    """Each in order; a crash or a hang comes last."""
     whole: bool
     """False: the recorded run was cut short, so only its steps can be compared."""
 
@@ -68,7 +79,7 @@ def load_recorded(path: Path, progress: Callable[[Progress], None] | None = None
     if path.is_file():
         first = scenario.expect.first
         if first is not None:
-            return Recorded(scenario, first.trace_hash, b"", ((first.id, first.step),), whole=True)
+            return Recorded(scenario, first.trace_hash, b"", (Shown(first.id, first.step, first.cause),), whole=True)
         return _of_report(run_whole(scenario, progress=progress))
     for name, read in ((SUMMARY, _of_run), (VIOLATIONS, _of_failure)):
         if (path / name).is_file():
@@ -82,23 +93,27 @@ def load_recorded(path: Path, progress: Callable[[Progress], None] | None = None
 
 def _of_report(report: Report) -> Recorded:
     digests = bytes(report.recorder.hash.step_digests)
-    return Recorded(report.scenario, report.trace_hash, digests, _pairs(report.summary), whole=True)
+    return Recorded(report.scenario, report.trace_hash, digests, _shown(report.summary), whole=True)
 
 
 def _of_run(folder: Path, scenario: Scenario) -> Recorded:
     summary = cast("dict[str, Any]", read_json(folder / SUMMARY))
     whole = summary["verdict"] not in CUT_SHORT
-    return Recorded(scenario, str(summary["trace_hash"]), read_step_hashes(folder), _pairs(summary), whole)
+    return Recorded(scenario, str(summary["trace_hash"]), read_step_hashes(folder), _shown(summary), whole)
 
 
 def _of_failure(folder: Path, scenario: Scenario) -> Recorded:
     found = cast("dict[str, Any]", read_json(folder / VIOLATIONS))
-    return Recorded(scenario, str(found["trace_hash"]), bytes.fromhex(found["step_hashes"]), _pairs(found), whole=True)
+    return Recorded(scenario, str(found["trace_hash"]), bytes.fromhex(found["step_hashes"]), _shown(found), whole=True)
 
 
-def _pairs(found: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    pairs = tuple((str(violation["id"]), int(violation["step"])) for violation in found["violations"])
-    return (*pairs, (CRASH, int(found["steps"]))) if found["crash"] else pairs
+def _shown(found: dict[str, Any]) -> tuple[Shown, ...]:
+    shown = tuple(Shown(str(violation["id"]), int(violation["step"])) for violation in found["violations"])
+    if not found["crash"]:
+        return shown
+    # Records of older versions know crashes only, and not what was raised.
+    name, cause = found.get("crash_id", CRASH), found.get("crash_cause", "")
+    return (*shown, Shown(str(name), int(found["steps"]), str(cause)))
 
 
 def replay(recorded: Recorded, progress: Callable[[Progress], None] | None = None) -> Comparison:
@@ -117,10 +132,18 @@ def replay(recorded: Recorded, progress: Callable[[Progress], None] | None = Non
             f"the runs part after the last completed step {after - 1}: "
             f"recorded is trace {recorded.trace_hash}, found {again.trace_hash}"
         )
-    if recorded.whole and recorded.violations != again.violations[: len(recorded.violations)]:
+    if recorded.whole and not _is_shown(recorded.violations, again.violations):
         differences.append(f"the recorded run violated {_named(recorded)}, this one {_named(again)}")
     return Comparison(report, not differences, tuple(differences))
 
 
+def _is_shown(recorded: tuple[Shown, ...], again: tuple[Shown, ...]) -> bool:
+    """Whether a run begins with what was recorded; where the record names no cause, any will do."""
+    if len(again) < len(recorded):
+        return False
+    told = (seen if known.cause else seen._replace(cause="") for known, seen in zip(recorded, again, strict=False))
+    return recorded == tuple(told)
+
+
 def _named(recorded: Recorded) -> str:
-    return ", ".join(f"{name} at step {step}" for name, step in recorded.violations) or "nothing"
+    return ", ".join(map(str, recorded.violations)) or "nothing"

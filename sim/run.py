@@ -23,7 +23,7 @@ from sim.interrupt import Interrupt
 from sim.metrics import run_figures
 from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
-from sim.part_calls import PartError
+from sim.part_calls import CRASH, HANG, PartError
 from sim.parts import Parts, Progress
 from sim.planlog import PlanLogWriteError, PlanLogWriter
 from sim.record import Recorder
@@ -146,6 +146,7 @@ def _run(
                 parts,
                 stop_at_first=stop_at_first,
                 audit_device=audit != "host",
+                hang_seconds=scenario.invariants.hang_seconds,
                 progress=progress,
                 checkpoint=interrupt.check,
             )
@@ -163,7 +164,7 @@ def _run(
         summary.update(clocks.figures())
         if out is not None:
             if report.violations or ending.crash:
-                write_failure(out, scenario, report.violations, ending.crash, events.lines(), recorder)
+                write_failure(out, scenario, summary, events.lines(), recorder)
             write_record(out, recorder, summary)
     if ending.error is not None:
         raise ending.error
@@ -187,7 +188,11 @@ def run_whole(
 class _Ending:
     end_ns: int
     crash: str | None = None
-    """What a part under test raised."""
+    """What a part under test raised, or which call did not return."""
+    crash_id: str = ""
+    """CRASH or HANG."""
+    crash_cause: str = ""
+    """See `PartError.cause`."""
     interrupted: bool = False
     error: TraceError | PlanLogWriteError | None = None
     """What is raised once the record is written."""
@@ -210,7 +215,7 @@ def _played(engine: Engine) -> _Ending:
     except KeyboardInterrupt:
         return _Ending(engine.close(), interrupted=True)
     except PartError as error:
-        return _Ending(engine.close(), crash=str(error))
+        return _Ending(engine.close(), crash=str(error), crash_id=error.id, crash_cause=error.cause)
     except TraceError as error:
         return _Ending(engine.close(), error=error)
     return _Ending(engine.close())
@@ -234,7 +239,7 @@ def _look_deeper(
         deep = judge_deep(scenario, mutant, progress=progress, checkpoint=interrupt.check)
     except KeyboardInterrupt:
         return None, replace(ending, interrupted=True)
-    return deep, replace(ending, crash=deep.crash)
+    return deep, replace(ending, crash=deep.crash, crash_id=CRASH if deep.crash else "")
 
 
 def _violations(parts: Parts, deep: DeepResult | None) -> tuple[Violation, ...]:
@@ -267,6 +272,8 @@ def _summary(
         "deep": deep.to_json() if deep is not None else None,
         "violations": [violation.to_json() for violation in _violations(parts, deep)],
         "crash": ending.crash,
+        "crash_id": ending.crash_id,
+        "crash_cause": ending.crash_cause,
     }
 
 
@@ -312,7 +319,7 @@ def _cut_short(ending: _Ending) -> tuple[ExitCode, str] | None:
     if isinstance(ending.error, TraceError):
         return ExitCode.USAGE, "trace wrong"
     if ending.crash is not None:
-        return ExitCode.BROKE, "crashed"
+        return ExitCode.BROKE, "hung" if ending.crash_id == HANG else "crashed"
     if ending.error is not None:
         return ExitCode.INTERNAL, "plan log not written"
     return None

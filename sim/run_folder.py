@@ -7,7 +7,7 @@ import secrets
 import shlex
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from invariants.violation import Violation
 from sim.record import Recorder
 from sim.request_table import NEVER, STATE_NAMES, RequestTable
 from sim.scenario import Scenario, dump_scenario
@@ -62,8 +61,7 @@ def write_scenario(folder: Path, scenario: Scenario) -> None:
 def write_failure(
     folder: Path,
     scenario: Scenario,
-    violations: Sequence[Violation],
-    crash: str | None,
+    summary: Mapping[str, Any],
     events: Sequence[str],
     recorder: Recorder,
 ) -> None:
@@ -74,8 +72,7 @@ def write_failure(
     write_json(
         failure / VIOLATIONS,
         {
-            "violations": [violation.to_json() for violation in violations],
-            "crash": crash,
+            **{key: summary[key] for key in ("violations", "crash", "crash_id", "crash_cause")},
             "steps": recorder.steps,
             "trace_hash": recorder.hash.hexdigest,
             "step_hashes": recorder.hash.step_digests.hex(),

@@ -126,7 +126,7 @@ def _play(scenario: Scenario, max_steps: int, judged: bool = False) -> _Timed:
             recorder=Recorder(core.policy),
             auditor=auditor,
         )
-        Engine(parts, checkpoint=stop_when_enough).run()
+        Engine(parts, hang_seconds=scenario.invariants.hang_seconds, checkpoint=stop_when_enough).run()
     except _EnoughError:
         pass
     except PartError as error:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 P = ParamSpec("P")
 
@@ -19,6 +22,14 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def note_hangs(console: Console, seconds: float) -> None:
+    """Say so where calls that do not return within `seconds` would go unnoticed."""
+    from sim.hang import can_watch
+
+    if seconds and not can_watch():
+        console.print("this platform has no interval timers: a call that does not return is not noticed", markup=False)
 
 
 def exits(command: Callable[P, int]) -> Callable[P, None]:

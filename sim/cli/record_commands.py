@@ -116,6 +116,7 @@ def replay(
         "trace_hash": comparison.report.trace_hash,
         "steps": comparison.report.recorder.steps,
         "violations": [violation.to_json() for violation in comparison.report.violations],
+        "crash": comparison.report.summary["crash"],
         "differences": list(comparison.differences),
     }
     if as_json:
@@ -124,6 +125,8 @@ def replay(
         word = "the same again" if comparison.same else "different"
         for violation in comparison.report.violations:
             typer.echo(f"violated {violation}")
+        if crash := comparison.report.summary["crash"]:
+            typer.echo(f"{'hung' if comparison.report.summary['crash_id'] == 'hang' else 'crashed'}: {crash}")
         for difference in comparison.differences:
             typer.echo(difference)
         typer.echo(f"{word}: {counted(found['steps'], 'step')}, trace {found['trace_hash']}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sim.cli.options import AsJson, Out, Overrides, Quiet, Seed, exits
+from sim.cli.options import AsJson, Out, Overrides, Quiet, Seed, exits, note_hangs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,6 +103,7 @@ def run_one(scenario: Scenario, folder: Path, plan_log: Path | None, notes: Cons
     from sim.run import run
     from sim.run_folder import unless_unused
 
+    note_hangs(notes, scenario.invariants.hang_seconds)
     with unless_unused(folder), progress_bar(notes, scenario.name, shown=not notes.quiet) as progress:
         report = run(
             scenario,

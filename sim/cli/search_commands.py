@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from sim.cli.options import AsJson, Overrides, Quiet, exits
+from sim.cli.options import AsJson, Overrides, Quiet, exits, note_hangs
 from sim.cli.show import counted
 from sim.exit_codes import ExitCode
 
@@ -25,6 +25,9 @@ RUNS: Final = Path("runs")
 FUZZ_STATE: Final = "fuzz.json"
 
 Plant = Annotated[str | None, typer.Option("--plant", metavar="ID", help="Plant a bug, to see it found.")]
+HangSeconds = Annotated[
+    float, typer.Option("--hang-seconds", min=0.0, help="A call of the core that takes longer hangs; 0: none does.")
+]
 Core = Annotated[str, typer.Option("--core", metavar="NAME", help="The core to search (kvproof list cores).")]
 
 
@@ -49,6 +52,7 @@ def fuzz(
     stop: Annotated[
         Literal["first", "never"], typer.Option("--stop", help="Whether the first scenario that breaks ends it.")
     ] = "never",
+    hang_seconds: HangSeconds = 2.0,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For what is found [runs/fuzz-*].")] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on where the search in this folder ended.")
@@ -89,10 +93,12 @@ def fuzz(
         core=core,
         first=first,
         stop=stop,
+        hang_seconds=hang_seconds,
     )
     core_factory(core)  # an unknown core is told before the search
     folder = resume or out or new_folder(RUNS, f"fuzz-{seed}")
     folder.mkdir(parents=True, exist_ok=True)
+    note_hangs(console, hang_seconds)
     console.print(f"seed {seed}, shard {shard}, from scenario {first}; what is found goes to {folder}", markup=False)
     with _progress(console) as progress:
         result = search(options, folder, progress)
@@ -188,6 +194,7 @@ def explore(
     fails: Annotated[bool, typer.Option(help="Any planned step may fail.")] = False,
     symmetry: Annotated[bool, typer.Option(help="Count states that differ in names only once.")] = True,
     seconds: Annotated[float, typer.Option(min=0.1, help="Give up after so long.")] = 600.0,
+    hang_seconds: HangSeconds = 2.0,
     core: Core = "paged_attention",
     plant: Plant = None,
     as_json: AsJson = False,
@@ -226,6 +233,7 @@ def explore(
     console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     status = console.status("exploring") if console.is_terminal and not quiet else None
     factory = core_factory(core)
+    note_hangs(console, hang_seconds)
     try:
         factory(scope.config())
     except ValueError as error:
@@ -238,6 +246,7 @@ def explore(
                 scope,
                 factory,
                 max_seconds=seconds,
+                hang_seconds=hang_seconds,
                 progress=lambda seen: (
                     status.update(f"{seen.states:,} states, {seen.transitions:,} transitions, depth {seen.depth}")
                     if status is not None

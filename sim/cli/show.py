@@ -88,7 +88,7 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if (more := len(summary["violations"]) - _MAX_VIOLATIONS) > 0:
         yield f"... and {more} more"
     if summary["crash"]:
-        yield f"crashed: {summary['crash']}"
+        yield f"{'hung' if summary['crash_id'] == 'hang' else 'crashed'}: {summary['crash']}"
     for check in summary["expectations"]:
         if not check["held"]:
             yield f"not as expected: {check['name']} is {check['found']}, expected {check['expected']}"

@@ -141,12 +141,16 @@ class CheckedCore:
 
 def raised(error: BaseException, part: object) -> str:
     """What a part under test raised, and the deepest line of its own module on the way there."""
+    return f"{type(error).__name__}: {error}{place_of(error, part)}"
+
+
+def place_of(error: BaseException, part: object) -> str:
+    """The deepest line of the part's own module on the way to the error, in brackets; "" where there is none."""
     inner: Any = part.core if isinstance(part, CheckedCore) else part
     module = getattr(inner, "__module__", None) or type(inner).__module__
     path = getattr(sys.modules.get(module), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    place = f" (at {Path(path).name}:{lines[-1]})" if path and lines else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f" (at {Path(path).name}:{lines[-1]})" if path and lines else ""
 
 
 # ---- what the form is

@@ -126,7 +126,7 @@ def _engine(
         auditor=auditor,
         observers=observers,
     )
-    return Engine(parts, stop_at_first=False, checkpoint=checkpoint)
+    return Engine(parts, stop_at_first=False, hang_seconds=scenario.invariants.hang_seconds, checkpoint=checkpoint)
 
 
 class RenumberedPages(BackendWrapper):

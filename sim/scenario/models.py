@@ -219,6 +219,10 @@ class InvariantSettings(Section):
     deep: bool = Field(
         default=False, description="Also check what only a second run can judge; it takes a dozen more runs."
     )
+    hang_seconds: Seconds = Field(
+        default=10.0,
+        description="A call of the core that takes longer hangs and ends the run, in real s; 0: none does.",
+    )
 
 
 class CountRange(Section):
@@ -266,7 +270,13 @@ class LatencyBounds(Section):
 class FirstViolation(Section):
     """The violation that a minimal scenario was shrunk to."""
 
-    id: str = Field(min_length=1, description="Its invariant, or crash where the core or backend raised.")
+    id: str = Field(
+        min_length=1,
+        description="Its invariant; crash where the core or backend raised, hang where a call never returned.",
+    )
+    cause: str = Field(
+        default="", description="Of a crash the class that was raised, of a hang the call; empty: any will do."
+    )
     step: Annotated[int, Field(ge=-1), WHOLE] = Field(description="The newest step when it was found; -1: none yet.")
     trace_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] = Field(description="The run's rolling hash.")
     versions: dict[str, str] = Field(default_factory=dict, description="Packages that it was found with.")

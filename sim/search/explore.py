@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from sim.hang import HangError, HangWatch
 from sim.search.small_world import (
     Action,
     CoreFactory,
     Scope,
     World,
     actions,
+    broke,
     freeze,
     is_over,
     judge_end,
@@ -78,10 +80,18 @@ def explore(
     *,
     max_seconds: float = float("inf"),
     max_states: int | None = None,
+    hang_seconds: float = 0.0,
     progress: Callable[[Explored], None] = lambda explored: None,
 ) -> Explored:
-    """Visit every state of `scope`, or as many as time and `max_states` allow; it ends at the first violation."""
-    search = _Search(scope, factory, progress)
+    """Visit every state of `scope`, or as many as time and `max_states` allow; it ends at the first violation.
+
+    A call of the core that takes longer than `hang_seconds` (0: any) is one.
+    """
+    with HangWatch(hang_seconds):
+        return _explored(_Search(scope, factory, progress), max_seconds, max_states)
+
+
+def _explored(search: _Search, max_seconds: float, max_states: int | None) -> Explored:
     deadline, start = time.monotonic() + max_seconds, time.process_time()
     while search.frontier and not search.found.violations:
         if time.monotonic() > deadline or (max_states is not None and search.found.states >= max_states):
@@ -135,10 +145,14 @@ class _Search:
         if not world.crash and not world.violations and is_over(world, self.scope):
             judge_end(world)
         if world.crash or world.violations:
-            name, message = ("crash", world.crash) if world.crash else _first(world)
-            self.found.violations.append(Counterexample(name, message, (*self._path(parent), action)))
+            self._broke(world, parent, action)
             return
-        key = state_key(world, symmetry=self.scope.symmetry)
+        try:
+            key = state_key(world, symmetry=self.scope.symmetry)
+        except HangError as error:
+            broke(world, error)
+            self._broke(world, parent, action)
+            return
         if key in self._seen:
             return
         self._seen.add(key)
@@ -148,6 +162,10 @@ class _Search:
             self._next.append((self.found.states - 1, freeze(world), tuple(actions(world, self.scope))))
         if self.found.states % PROGRESS_EVERY == 0:
             self.progress(self.found)
+
+    def _broke(self, world: World, parent: int, action: Action) -> None:
+        name, message = (world.crash_id, world.crash) if world.crash else _first(world)
+        self.found.violations.append(Counterexample(name, message, (*self._path(parent), action)))
 
     def _path(self, number: int) -> tuple[Action, ...]:
         path: list[Action] = []

@@ -16,7 +16,13 @@ from sim.search.shrink import Shrunk
 def as_regression(shrunk: Shrunk) -> Scenario:
     """The scenario with what it must show again in `expect`."""
     finding = shrunk.finding
-    first = FirstViolation(id=finding.id, step=finding.step, trace_hash=finding.trace_hash, versions=package_versions())
+    first = FirstViolation(
+        id=finding.id,
+        cause=finding.cause,
+        step=finding.step,
+        trace_hash=finding.trace_hash,
+        versions=package_versions(),
+    )
     return shrunk.scenario.model_copy(update={"expect": Expectations(first=first)})
 
 

@@ -1,8 +1,8 @@
 """The fuzzer: draws scenario after scenario, probes each, and shrinks what breaks.
 
 Scenario k of seed s is the same everywhere, so jobs and shards only share the numbers out: job j of J in shard I of N
-takes every (J * N)-th one. A bug is told by the id of its first violation, a crash by the class of what was raised;
-each is shrunk once.
+takes every (J * N)-th one. A bug is told by the id of its first violation, a crash by the class of what was raised, a
+hang by the call that did not return; each is shrunk once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from sim.build import SetupError
+from sim.hang import Patience
 from sim.host_devices import compile_quickly
 from sim.mutants import CANARY, find_mutant, planted
+from sim.part_calls import HANG
 from sim.scenario import Scenario
 from sim.search.failure import write_failure_file
 from sim.search.probe import Finding, probe
-from sim.search.shrink import Shrunk, shrink
+from sim.search.shrink import NothingToShrinkError, Shrunk, shrink
 from sim.search.swarm import draw
 from sim.sometimes import SOMETIMES
 
@@ -33,6 +35,8 @@ CANARY_WITHIN: Final = 50
 """Scenarios in which the canary must be found."""
 SLICE_SECONDS: Final = 2.0
 """How long a job works before it tells how far it is."""
+HANG_SECONDS: Final = 2.0
+"""The usual bound on a call of the core: in worlds as small as those of the search it takes microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class FuzzOptions:
     """Scenarios of this shard that were searched before."""
     stop: Literal["first", "never"] = "never"
     """Whether the first scenario that breaks ends the search."""
+    hang_seconds: float = HANG_SECONDS
+    """A call of the core that takes longer hangs; 0: none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,11 @@ class FuzzResult:
     """Scenarios whose sizes the core did not take."""
     refusal: str = ""
     """Why it did not, the last time."""
+
+    @property
+    def hung(self) -> bool:
+        """Whether a call of the core was seen not to return."""
+        return any(shrunk.finding.id == HANG for _, shrunk in self.shrunk.values())
 
     @property
     def scenarios(self) -> int:
@@ -157,7 +168,7 @@ def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]
 
 def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Callable[[FuzzResult], None]) -> None:
     start = time.monotonic()
-    for one in _slices(options, start + options.seconds):
+    for one in _slices(options, result, start + options.seconds):
         result.done[one.job] += one.done
         result.steps += one.plans
         result.cpu_seconds += one.cpu_seconds
@@ -165,32 +176,45 @@ def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Calla
         result.refused += one.refused
         result.refusal = one.refusal or result.refusal
         for number, finding in one.found:
-            if (pin := finding.pin) not in result.shrunk:
-                result.seconds[pin] = time.monotonic() - start
-                shrunk = shrink(_scenario(options, number), is_planted=True)
-                result.shrunk[pin] = number, shrunk
-                result.files[pin] = out / f"{pin}.yaml"
-                write_failure_file(result.files[pin], shrunk)
+            if finding.pin not in result.shrunk:
+                _shrink(options, number, finding, out, result, time.monotonic() - start)
         progress(result)
         if result.shrunk and options.stop == "first":
             return
 
 
+def _shrink(options: FuzzOptions, number: int, finding: Finding, out: Path, result: FuzzResult, seconds: float) -> None:
+    """Make what a scenario showed after so many seconds as small as it gets, and write it to `out`."""
+    pin = finding.pin
+    try:
+        shrunk = shrink(_scenario(options, number), wanted=pin if finding.id == HANG else None, is_planted=True)
+    except NothingToShrinkError:
+        if finding.id != HANG:
+            raise
+        return  # It was slow, and too slow only for the shorter bound of a search that has met a hang.
+    result.seconds[pin] = seconds
+    result.shrunk[pin] = number, shrunk
+    result.files[pin] = out / f"{pin}.yaml"
+    write_failure_file(result.files[pin], shrunk)
+
+
 def _scenario(options: FuzzOptions, number: int) -> Scenario:
     drawn = draw(options.seed, number, backend=options.backend)
     core = drawn.core.model_copy(update={"kind": options.core})
-    return drawn.model_copy(update={"plant": options.plant, "core": core})
+    invariants = drawn.invariants.model_copy(update={"hang_seconds": options.hang_seconds})
+    return drawn.model_copy(update={"plant": options.plant, "core": core, "invariants": invariants})
 
 
-def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
-    """Turns of all jobs, as they end."""
+def _slices(options: FuzzOptions, result: FuzzResult, deadline: float) -> Iterator[Slice]:
+    """Turns of all jobs, as they end; `result` is what they have shown so far."""
     nth, of = options.shard
     stride = of * options.jobs
     cursors = [nth - 1 + job * of + _before(options, job) * stride for job in range(options.jobs)]
     left = [_share(options, job) for job in range(options.jobs)]
     if options.jobs == 1:
         while time.monotonic() < deadline and left[0] != 0:
-            one = work(options, 0, cursors[0], stride, left[0], min(SLICE_SECONDS, deadline - time.monotonic()))
+            seconds = min(SLICE_SECONDS, deadline - time.monotonic())
+            one = work(options, 0, cursors[0], stride, left[0], seconds, hung=result.hung)
             cursors[0], left[0] = cursors[0] + one.done * stride, _less(left[0], one.done)
             yield one
         return
@@ -201,7 +225,8 @@ def _slices(options: FuzzOptions, deadline: float) -> Iterator[Slice]:
         while True:
             for job in sorted(idle):
                 if time.monotonic() < deadline and left[job] != 0:
-                    running[pool.submit(work, options, job, cursors[job], stride, left[job], SLICE_SECONDS)] = job
+                    turn = (options, job, cursors[job], stride, left[job], SLICE_SECONDS, result.hung)
+                    running[pool.submit(work, *turn)] = job
             idle.clear()
             if not running:
                 return
@@ -237,9 +262,17 @@ def _less(left: int | None, done: int) -> int | None:
     return None if left is None else left - done
 
 
-def work(options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | None, seconds: float) -> Slice:
-    """One job's turn: scenarios cursor, cursor + stride, ... until time or limit; the bug is planted already."""
+def work(
+    options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | None, seconds: float, hung: bool = False
+) -> Slice:
+    """One job's turn: scenarios cursor, cursor + stride, ... until time or limit; the bug is planted already.
+
+    Where one `hung`, here or before, more will, and the rest get a shorter bound.
+    """
     end, start = time.monotonic() + seconds, time.process_time()
+    patience = Patience(options.hang_seconds)
+    if hung:
+        patience.hung()
     done = plans = 0
     found: dict[str, tuple[int, Finding]] = {}
     sometimes: Counter[str] = Counter()
@@ -248,13 +281,17 @@ def work(options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | 
         number = cursor + done * stride
         done += 1
         try:
-            finding = probe(_scenario(options, number), sometimes=sometimes, is_planted=True)
+            finding = probe(
+                _scenario(options, number), sometimes=sometimes, is_planted=True, hang_seconds=patience.seconds
+            )
         except SetupError as error:
             refused, refusal = refused + 1, str(error)
             continue
         plans += finding.plans
         if finding.id:
             found.setdefault(finding.pin, (number, finding))
+            if finding.id == HANG:
+                patience.hung()
             if options.stop == "first":
                 break
     return Slice(job, done, plans, time.process_time() - start, tuple(found.values()), sometimes, refused, refusal)

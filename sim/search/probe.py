@@ -15,6 +15,7 @@ from sim.cores.protocol import ServingCore
 from sim.cost_model import cost_model
 from sim.engine import Engine
 from sim.faults import FaultSchedule
+from sim.hang import HangError, HangWatch
 from sim.metrics import run_figures
 from sim.mutants import Mutant, find_mutant, planted
 from sim.observer import Observer
@@ -26,9 +27,6 @@ from sim.script import RequestScript
 from sim.sometimes import Sometimes
 from sim.workload import Workload, concrete_faults, generate, prompt_tokens
 
-CRASH = "crash"
-"""Stands for an invariant's id where the core or the backend raised."""
-
 STUCK: Final = frozenset({"S11", "L1", "L2", "L3"})
 """Statements after whose breach it matters what each unfinished request waits for."""
 
@@ -37,23 +35,23 @@ CoreMaker = Callable[[Scenario], ServingCore]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a scenario showed: `id` is that of the first violation, CRASH, or "" where everything held."""
+    """What a scenario showed: `id` is that of the first violation, CRASH, HANG, or "" where everything held."""
 
     id: str
     step: int
-    """The newest step when it was found; of a crash the completed steps, of a run that held all its plans."""
+    """The newest step when it was found; of a crash or hang the completed steps, of a run that held all its plans."""
     trace_hash: str
     message: str
     plans: int
     """Steps planned: each of them was checked."""
     violation: Violation | None = None
-    exception: str = ""
-    """Of a crash: the class of what was raised."""
+    cause: str = ""
+    """Of a crash the class of what was raised, of a hang the call that did not return."""
 
     @property
     def pin(self) -> str:
-        """What tells this bug from others: the id, of a crash with the class of what was raised."""
-        return f"{self.id}-{self.exception}" if self.exception else self.id
+        """What tells this bug from others: the id, of a crash or hang with its cause."""
+        return f"{self.id}-{self.cause}" if self.cause else self.id
 
 
 def probe(
@@ -63,17 +61,18 @@ def probe(
     observers: Sequence[Observer] = (),
     sometimes: Counter[str] | None = None,
     is_planted: bool = False,
+    hang_seconds: float | None = None,
 ) -> Finding:
     """Run a scenario to its first violation. Raises what `sim.run.run` raises before a run begins.
 
     `core` makes the core under test; None: the one that the scenario names, with its planted bug. `sometimes` takes in
     how often each situation of SOMETIMES came up. `is_planted`: the bug's edits are in force already (a search plants
-    them once: compiled programs would be lost with every run).
+    them once: compiled programs would be lost with every run). `hang_seconds` takes the place of the scenario's.
     """
     mutant = find_mutant(scenario.plant) if scenario.plant else None
     with nullcontext() if is_planted else planted(mutant):
         built = build_core(scenario, mutant) if core is None else core(scenario)
-        return probe_parts(scenario, built, generate(scenario), mutant, observers, sometimes)
+        return probe_parts(scenario, built, generate(scenario), mutant, observers, sometimes, hang_seconds)
 
 
 def probe_parts(
@@ -83,8 +82,10 @@ def probe_parts(
     mutant: Mutant | None = None,
     observers: Sequence[Observer] = (),
     sometimes: Counter[str] | None = None,
+    hang_seconds: float | None = None,
 ) -> Finding:
     """`probe` with a core that is built already, and with a workload."""
+    patience = scenario.invariants.hang_seconds if hang_seconds is None else hang_seconds
     recorder = Recorder(core.policy)
     situations = Sometimes(recorder)
     if sometimes is not None:
@@ -103,15 +104,15 @@ def probe_parts(
             auditor=auditor,
             observers=observers,
         )
-        engine = Engine(parts)
-        crash, exception = "", ""
+        engine = Engine(parts, hang_seconds=patience)
+        crash: PartError | None = None
         try:
             engine.run()
             engine.judge_end()
         except PartError as error:
-            crash, exception = str(error), type(error.__cause__ or error).__name__
+            crash = error
         end_ns = engine.close()
-        if not crash and not auditor.violations:
+        if crash is None and not auditor.violations:
             auditor.summarised(run_figures(recorder, end_ns, workload.skipped))
     finally:
         backend.close()
@@ -120,17 +121,18 @@ def probe_parts(
     digest, plans = recorder.hash.hexdigest, engine.num_plans
     if auditor.violations:
         first = auditor.violations[0]
-        message = str(first) + (_unfinished(engine.core) if first.id in STUCK else "")
+        message = str(first) + (_unfinished(engine.core, patience) if first.id in STUCK else "")
         return Finding(first.id, first.step, digest, message, plans, first)
-    if crash:
-        return Finding(CRASH, recorder.steps, digest, crash, plans, exception=exception)
+    if crash is not None:
+        return Finding(crash.id, recorder.steps, digest, str(crash), plans, cause=crash.cause)
     return Finding("", plans, digest, "", plans)
 
 
-def _unfinished(core: ServingCore) -> str:
+def _unfinished(core: ServingCore, patience: float) -> str:
     """What a core says of each request that it has not finished."""
     try:
-        pending = core.pending()
-    except Exception as error:  # a core that is broken already may break here too
+        with HangWatch(patience):
+            pending = core.pending()
+    except (Exception, HangError) as error:  # a core that is broken already may break here too
         return f" [pending() raised {type(error).__name__}: {error}]"
     return f" [{'; '.join(f'request {request}: {why}' for request, why in pending.items()) or 'nothing is pending'}]"

@@ -17,6 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this plugin."""
     group = parser.getgroup("kvproof")
     group.addoption("--kvproof-core", metavar="MODULE:FUNCTION", help="Fuzz the core that this function makes.")
+    group.addoption(
+        "--kvproof-hang-seconds",
+        type=float,
+        default=2.0,
+        metavar="N",
+        help="A call of the core that takes longer hangs [2]; 0: none does.",
+    )
     group.addoption("--kvproof-examples", type=int, default=100, metavar="N", help="Examples for each test [100].")
 
 
@@ -45,12 +52,13 @@ class CoreTest(pytest.Item):
         except UnknownCoreError as error:
             raise pytest.UsageError(f"--kvproof-core: {error}") from None
         examples = cast("int", self.config.getoption("--kvproof-examples"))
+        patience = cast("float", self.config.getoption("--kvproof-hang-seconds"))
         if self._kind == "stateful":
             from sim.search.stateful import kvproof_stateful
 
-            kvproof_stateful(factory, max_examples=examples)("runTest").runTest()
+            kvproof_stateful(factory, max_examples=examples, hang_seconds=patience)("runTest").runTest()
         else:
-            _whole_scenarios(self._core, examples)
+            _whole_scenarios(self._core, examples, patience)
 
     def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
         """What broke and how to see it again; the way there only with --full-trace."""
@@ -64,7 +72,7 @@ class CoreTest(pytest.Item):
         return self._core, None, self.name
 
 
-def _whole_scenarios(core: str, examples: int) -> None:
+def _whole_scenarios(core: str, examples: int, hang_seconds: float) -> None:
     """Whole scenarios out of byte tapes. BrokenError: one broke something; the message is the smallest that does."""
     from hypothesis import HealthCheck, Phase, given, reject, settings
 
@@ -88,7 +96,9 @@ def _whole_scenarios(core: str, examples: int) -> None:
     @given(scenarios())
     def every_scenario_holds(scenario: Scenario) -> None:
         for lag in (scenario.core.lag, 0):  # a core that plans nothing ahead refuses any other
-            own = scenario.model_copy(update={"core": scenario.core.model_copy(update={"kind": core, "lag": lag})})
+            sizes = scenario.core.model_copy(update={"kind": core, "lag": lag})
+            invariants = scenario.invariants.model_copy(update={"hang_seconds": hang_seconds})
+            own = scenario.model_copy(update={"core": sizes, "invariants": invariants})
             try:
                 finding = probe(own)
                 break

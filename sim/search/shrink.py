@@ -5,8 +5,11 @@
 
 until a whole round changes nothing: the result is 1-minimal, that is, no single operation can be left out and no single
 number made smaller (where the device compiles, sizes stay: a program for each would take seconds). A candidate counts
-only where the first violation has the same id (a crash: where the same class was raised), so that a shrink never slips
-from one bug to another (Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 2002).
+only where the first violation has the same id (a crash: where the same class was raised; a hang: where the same call
+did not return), so that a shrink never slips from one bug to another (Zeller and Hildebrandt, "Simplifying and
+Isolating Failure-Inducing Input", IEEE TSE 2002).
+
+Every candidate that hangs costs the bound, so candidates get a shorter one; the result must hang for the whole bound.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from sim.build import SetupError
+from sim.hang import Patience
 from sim.mutants import find_mutant, planted
+from sim.part_calls import HANG
 from sim.scenario import Scenario
+from sim.scenario.models import InvariantSettings
 from sim.search.bold import Data, bold_moves, leave_out, operations_of, requests_of, step_of
 from sim.search.probe import CoreMaker, Finding, probe
 
@@ -42,6 +48,8 @@ SIMPLEST: Final[tuple[tuple[tuple[str, str], tuple[Any, ...]], ...]] = (
     (("invariants", "full_every"), (256,)),
 )
 """Keys with the values to try, the simplest first."""
+
+USUAL_HANG_SECONDS: Final = InvariantSettings(stop="first").hang_seconds
 
 SIZES: Final = (
     ("core", "batch_size"),
@@ -105,13 +113,31 @@ def shrink(
             raise NothingToShrinkError(
                 f"{scenario.name}: {wanted} broke first, but with its requests placed by step it is {first.pin}"
             )
-        run = partial(probe, core=core, is_planted=True)
-        search = _Search(scenario, first, run, budget, progress)
-        search.look_seldom()
-        while search.round() and search.left > 0:
-            pass
+        search = _searched(scenario, first, core, budget, progress)
     tried, seconds = budget - search.left, time.monotonic() - start
     return Shrunk(search.best, search.finding, tried, seconds, tuple(search.kept))
+
+
+def _searched(
+    scenario: Scenario, first: Finding, core: CoreMaker | None, budget: int, progress: Callable[[int, int], None]
+) -> _Search:
+    """The search at its end; where a shorter bound took something slow for a hang, one with the whole bound."""
+    patience = Patience(scenario.invariants.hang_seconds)
+    if first.id == HANG:
+        patience.hung()
+    run = partial(probe, core=core, is_planted=True, hang_seconds=patience.seconds)
+    search = _Search(scenario, first, run, budget, progress)
+    search.go()
+    if first.id != HANG:
+        return search
+    whole = partial(probe, core=core, is_planted=True)
+    confirmed = whole(search.best)
+    if confirmed.pin == first.pin:
+        search.finding = confirmed
+        return search
+    search = _Search(scenario, first, whole, budget, progress)
+    search.go()
+    return search
 
 
 class _Search:
@@ -131,9 +157,14 @@ class _Search:
         self._compiles = scenario.backend.kind not in {"none", "numpy"}
         self.kept = list(range(len(requests_of(self._data))))
 
-    def look_seldom(self) -> None:
-        """Leave out most looks at the core's whole state, where it breaks without: all that follows is quicker."""
+    def go(self) -> None:
+        """Make it as small as it gets."""
+        # Most looks at the core's whole state go first, where it breaks without: all that follows is quicker.
         self._set_to_simplest(("invariants", "full_every"), (256,))
+        if self.finding.id != HANG:
+            self._set_to_simplest(("invariants", "hang_seconds"), (USUAL_HANG_SECONDS,))
+        while self.round() and self.left > 0:
+            pass
 
     def round(self) -> bool:
         """All passes once; whether any of them made it smaller."""

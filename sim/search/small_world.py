@@ -26,6 +26,8 @@ from invariants.violation import Violation
 from paged_attention.plan import EOS_TOKEN, UNKNOWN_TOKEN, DeclaredPolicy, Request, StepOutcome, StepPlan
 from sim.cores.checked import CheckedCore, CoreFormError, raised
 from sim.cores.protocol import CoreConfig, ServingCore
+from sim.hang import HangError
+from sim.part_calls import CRASH, HANG
 
 Kind = tuple[int, int]
 """Prompt tokens and max_tokens of a request."""
@@ -119,6 +121,9 @@ class World:
     now_ns: int = 0
     """Virtual time: one nanosecond a move."""
     crash: str = ""
+    """What the core raised, or which call of it did not return."""
+    crash_id: str = ""
+    """CRASH or HANG."""
 
     @property
     def violations(self) -> list[Violation]:
@@ -152,14 +157,21 @@ def actions(world: World, scope: Scope) -> Iterator[Action]:
 def move(world: World, action: Action, *, all_eos: bool) -> list[tuple[Action, Callable[[World], None]]]:
     """Make a move in place. For `plan` also: the choices that are still open, each with how to make it.
 
-    Whatever the core raises ends this branch as a crash.
+    Whatever the core raises ends this branch as a crash, what does not return (HangWatch) as a hang.
     """
     world.now_ns += 1
     try:
         return _MOVES[action.what](world, action, all_eos)
-    except Exception as error:
-        world.crash = _crash(world, error)
+    except (Exception, HangError) as error:
+        broke(world, error)
         return []
+
+
+def broke(world: World, error: BaseException) -> None:
+    """Note what the core raised, or that a call of it did not return, as the end of this world."""
+    own = isinstance(error, (CoreFormError, HangError))
+    world.crash = str(error) if own else f"the core raised {raised(error, world.core)}"
+    world.crash_id = HANG if isinstance(error, HangError) else CRASH
 
 
 def _submit(world: World, action: Action, all_eos: bool) -> list[Any]:
@@ -265,12 +277,8 @@ def judge_end(world: World) -> None:
     try:
         pending = world.core.pending()
         world.auditor.finished(world.now_ns, pending, world.core.snapshot, None, Totals(0, 0, 0, 0, 0, 0))
-    except Exception as error:
-        world.crash = _crash(world, error)
-
-
-def _crash(world: World, error: Exception) -> str:
-    return str(error) if isinstance(error, CoreFormError) else f"the core raised {raised(error, world.core)}"
+    except (Exception, HangError) as error:
+        broke(world, error)
 
 
 # ---- copies

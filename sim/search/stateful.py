@@ -18,6 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from paged_attention.plan import DUMMY_PAGE
 from sim.cores.checked import CheckedFactory
+from sim.hang import HangWatch, Patience
+from sim.part_calls import HANG
 from sim.search.small_world import Action, CoreFactory, Scope, World, judge_end, move, new_world
 
 MAX_DRAIN_STEPS = 2000
@@ -30,15 +32,19 @@ class BrokenError(AssertionError):
     """An invariant broke, or the core raised; the message is the judge's."""
 
 
-def kvproof_stateful(core_factory: CoreFactory, *, max_examples: int = 100, steps: int = 40) -> type[Any]:
+def kvproof_stateful(
+    core_factory: CoreFactory, *, max_examples: int = 100, steps: int = 40, hang_seconds: float = 2.0
+) -> type[Any]:
     """A TestCase that submits, plans, completes late, fails and cancels at will, and judges every step.
 
     `core_factory` takes a `CoreConfig` and makes a `ServingCore`. What it refuses with a ValueError is tried with lag 0
-    in its place; sizes that it refuses then, too, are skipped.
+    in its place; sizes that it refuses then, too, are skipped. A call that takes longer than `hang_seconds` hangs; once
+    one was seen, a shorter bound does, so that Hypothesis has time to find the shortest row. 0: none hangs.
     """
 
     class Machine(CoreMachine):
         factory = staticmethod(CheckedFactory(core_factory, getattr(core_factory, "__name__", "the core")))
+        patience = Patience(hang_seconds)
 
     Machine.TestCase.settings = settings(
         max_examples=max_examples,
@@ -55,6 +61,7 @@ class CoreMachine(RuleBasedStateMachine):
     """A core and its judge; subclasses say how a core is made."""
 
     factory: Callable[..., Any]
+    patience: Patience
     world: World
     scope: Scope
 
@@ -132,14 +139,18 @@ class CoreMachine(RuleBasedStateMachine):
                 self._move(Action("apply"))
         else:
             raise BrokenError(f"not finished after {MAX_DRAIN_STEPS} steps: {dict(self.world.core.pending())}")
-        judge_end(self.world)
+        with HangWatch(self.patience.seconds):
+            judge_end(self.world)
         self._check()
 
     def _move(self, action: Action) -> None:
-        move(self.world, action, all_eos=False)
+        with HangWatch(self.patience.seconds):
+            move(self.world, action, all_eos=False)
         self._check()
 
     def _check(self) -> None:
+        if self.world.crash_id == HANG:
+            self.patience.hung()
         if self.world.crash:
             raise BrokenError(self.world.crash)
         if self.world.violations:

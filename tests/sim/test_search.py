@@ -261,8 +261,8 @@ def test_a_crash_is_shrunk_to_the_same_class_of_error_and_its_file_replays(tmp_p
     ((pin, (number, shrunk)),) = result.shrunk.items()
     before = probe(planted(draw(1, number), "MS24"))
     assert before.id == shrunk.finding.id == "crash"
-    assert pin == before.pin == shrunk.finding.pin == f"crash-{before.exception}"
-    assert before.exception
+    assert pin == before.pin == shrunk.finding.pin == f"crash-{before.cause}"
+    assert before.cause
     assert shrunk.num_requests <= 4
     assert shrunk.num_operations <= 12
     with pytest.raises(SystemExit) as end:

@@ -1,7 +1,5 @@
 """What the host counts for each slot of the decode batch, as columns: one array operation a step, not one a request."""
 
-from __future__ import annotations
-
 import sys
 from array import array
 from bisect import bisect_left

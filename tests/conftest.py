@@ -2,11 +2,35 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 from hypothesis import settings
 
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Types, dtypes and numbers of axes of the host side are checked at run time, in tests only. The frame that jaxtyping
+# puts around each call, and in which axes of several arrays are compared, takes longer than the simulator itself.
+CHECKED = (
+    *("paged_attention.fingerprint", "paged_attention.rows", "paged_attention.slots", "paged_attention.planning"),
+    *("paged_attention.sequences", "paged_attention.pages", "paged_attention.engine", "paged_attention.books"),
+    *("paged_attention.scheduler", "paged_attention.layout", "backends.scripted", "backends.none"),
+    *("backends.numpy_oracle", "sim.record", "sim.script", "sim.trace_hash"),
+)
+assert not sys.modules.keys() & set(CHECKED), "a module that is imported already would go unchecked"
+beartype_packages(CHECKED, conf=BeartypeConf(claw_is_pep526=False))
+
+# Python compiles jax anew in each process where it may keep no bytecode, and the suite starts some dozens.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -248,20 +248,24 @@ def test_metadata_with_neither_part_writes_nothing():
     assert view.write_decodes_to_cache(key, value, nothing) is view
 
 
+@functools.cache
+def quantised_views():
+    """A plain and a device view of zeros, made once: each one that is made compiles anew."""
+    return [
+        PagedAttentionCacheView.init(at, np.float32, metadata(), 0, None, Int8PerTokenHead()) for at in (None, mesh())
+    ]
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_quantised_view_holds_each_vector_to_half_a_step_of_its_own_scale(seed):
     random = np.random.default_rng(seed)
-    quantizer = Int8PerTokenHead()
     key, value = tokens(CHUNK, np.float32, random) * 10
     meta = prefill(1, 7, [3, 5, 0, 0, 0])
-    views = [
-        PagedAttentionCacheView.init(where, np.float32, metadata(), 0, None, quantizer) for where in (None, mesh())
-    ]
-    plain, device = (write(view, "write_prefill_to_cache", key, value, meta) for view in views[:1] + views[1:])
+    plain, device = (write(view, "write_prefill_to_cache", key, value, meta) for view in quantised_views())
     assert np.array_equal(plain.key_pages.values, np.asarray(device.key_pages.values))
     assert np.array_equal(plain.value_pages.scale, np.asarray(device.value_pages.scale))
-    back = quantizer.dequantize(plain.key_pages)
+    back = Int8PerTokenHead().dequantize(plain.key_pages)
     for row, position in enumerate(range(1, 7)):
         page, offset = [3, 5][position // PAGE], position % PAGE
         step = np.abs(key[row]).max(axis=-1, keepdims=True) / 127

@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import xdist.scheduler
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
 from hypothesis import settings
@@ -31,6 +33,17 @@ if sys.dont_write_bytecode:
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
+
+
+class FilesTogether(xdist.scheduler.LoadFileScheduling):
+    """Each file's tests go to one worker, those of tests/backends to the same: they share compiled programs."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/backends" if nodeid.startswith("tests/backends/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
+    return FilesTogether(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

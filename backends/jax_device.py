@@ -151,32 +151,37 @@ class JaxBackend:
 
         After a step from neutral rows, a slot that did not run in it shows position -1 and an all-dummy row.
         """
-        positions, rows = self._slot_state()
+        positions, rows = self._slot_state(slots)
         keys, values = page_words(self._programs, self._pools, pages)
         ran = None
         if self._last_native is not None:
             plan, yielded, chunk = self._last_native
             ran = roads.step_input(plan, np.asarray(yielded), chunk)
-        return Evidence(slots, positions[slots], rows[slots], pages, keys, values, ran)
+        return Evidence(slots, positions, rows, pages, keys, values, ran)
 
     def buffers(self) -> CacheBuffers:
         """Every array of this process that looks like a part of the pools, and how ours are spread over the mesh."""
         return cache_buffers(self._programs, self._pools, self._given)
 
-    def _slot_state(self) -> tuple[Any, Any]:
+    def _slot_state(self, slots: Ints) -> tuple[Any, Any]:
+        """Positions and page tables of some slots."""
         if self._last_rows is None:
             batch = batch_of(self._state)
-            return np.array(batch.positions), np.array(batch.page_table)
+            return np.array(batch.positions)[slots], np.array(batch.page_table)[slots]
         plan, rows = self._last_rows
-        positions = np.full(self._cache.batch_size, -1, np.int32)
-        table = np.zeros((self._cache.batch_size, self._programs.model.metadata.num_pages_per_sequence), np.int32)
-        running = plan.slot >= 0
-        end = (plan.start + plan.count)[running]
-        ended = (rows.eos_position[running] >= 0) & (end >= rows.eos_position[running])
+        row_of = np.full(self._cache.batch_size, -1)
+        running = np.flatnonzero(plan.slot >= 0)
+        row_of[plan.slot[running]] = running
+        asked = row_of[slots]
+        runs, chosen = asked >= 0, asked[asked >= 0]
+        end = (plan.start + plan.count)[chosen]
+        ended = (rows.eos_position[chosen] >= 0) & (end >= rows.eos_position[chosen])
         if self._fed is not None:
-            ended |= self._fed.ended(plan)[running]
-        positions[plan.slot[running]] = np.where(ended, -1, end)
-        table[plan.slot[running], : plan.table.shape[1]] = plan.table[running]
+            ended |= self._fed.ended(plan)[chosen]
+        positions = np.full(len(slots), -1, np.int32)
+        table = np.zeros((len(slots), self._programs.model.metadata.num_pages_per_sequence), np.int32)
+        positions[runs] = np.where(ended, -1, end)
+        table[runs, : plan.table.shape[1]] = plan.table[chosen]
         return positions, table
 
     def verify(

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -112,19 +113,16 @@ def cache_buffers(programs: Programs, pools: Pools, given: Pools) -> CacheBuffer
         num_buffers=len(live),
         num_bytes=sum(array.nbytes for array in live),
         num_not_donated=len(kept),
-        arrays=tuple(ShardedArray(pool.shape, _boxes(pool), programs.num_copies) for pool in pools),
+        arrays=tuple(ShardedArray(p.shape, _boxes(p.sharding, p.shape), programs.num_copies) for p in pools),
     )
 
 
-def _boxes(pool: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
+@functools.lru_cache(maxsize=64)
+def _boxes(sharding: Any, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Where each shard lies."""
-    indices = pool.sharding.devices_indices_map(pool.shape).values()
     return tuple(
-        tuple(
-            (axis.start or 0, size if axis.stop is None else axis.stop)
-            for axis, size in zip(i, pool.shape, strict=True)
-        )
-        for i in indices
+        tuple((axis.start or 0, size if axis.stop is None else axis.stop) for axis, size in zip(i, shape, strict=True))
+        for i in sharding.devices_indices_map(shape).values()
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
+from sim.cli.fuzz_state import FUZZ_STATE, agree, read_state, with_earlier
 from sim.cli.options import AsJson, Overrides, Quiet, exits, note_hangs
 from sim.cli.show import counted
 from sim.exit_codes import ExitCode
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sim.search.fuzz import FuzzResult
 
 RUNS: Final = Path("runs")
-FUZZ_STATE: Final = "fuzz.json"
 
 Plant = Annotated[str | None, typer.Option("--plant", metavar="ID", help="Plant a bug, to see it found.")]
 HangSeconds = Annotated[
@@ -77,11 +77,14 @@ def fuzz(
     from sim.search.fuzz import fuzz as search
 
     console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-    first = 0
+    state: dict[str, Any] = {"searched": 0, "violations": [], "sometimes": {}}
     if resume is not None:
-        state = _state(resume)
-        seed, shard, first = int(state["seed"]), str(state["shard"]), int(state["searched"])
+        state = read_state(resume)
+        asked = {"seed": seed, "shard": shard, "backend": backend, "plant": plant, "core": core, "out": out}
+        agree(asked, state, resume)
+        seed, shard = int(state["seed"]), str(state["shard"])
         backend, plant, core = state["backend"], state["plant"], str(state["core"])
+    first = int(state["searched"])
     options = FuzzOptions(
         seed=seed,
         seconds=seconds,
@@ -102,7 +105,7 @@ def fuzz(
     console.print(f"seed {seed}, shard {shard}, from scenario {first}; what is found goes to {folder}", markup=False)
     with _progress(console) as progress:
         result = search(options, folder, progress)
-    found = {**result.to_json(spin()), "backend": backend, "plant": plant, "core": core}
+    found = {**with_earlier(result.to_json(spin()), state), "backend": backend, "plant": plant, "core": core}
     write_json(folder / FUZZ_STATE, found)
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
@@ -114,16 +117,7 @@ def fuzz(
         from sim.cli.errors import UsageError
 
         raise UsageError(f"none of {result.scenarios} scenarios could be run: {result.refusal}")
-    return ExitCode.BROKE if result.shrunk else ExitCode.HELD
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    from sim.run_folder import read_json
-
-    try:
-        return dict(read_json(folder / FUZZ_STATE))
-    except (OSError, ValueError):
-        raise typer.BadParameter(f"{folder} holds no {FUZZ_STATE} of a search", param_hint="--resume") from None
+    return ExitCode.BROKE if found["violations"] else ExitCode.HELD
 
 
 def _shard(text: str) -> tuple[int, int]:

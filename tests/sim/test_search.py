@@ -199,6 +199,36 @@ def test_a_search_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureF
     assert found[1]["seed"] == 7
 
 
+def test_a_resumed_search_still_tells_what_it_found_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = ["fuzz", "--json", "-q", "--runs", "1", "--plant", "MP04", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(begin)
+    before = json.loads(capsys.readouterr().out)
+    old = {**before["violations"][0], "id": "Q1"}
+    state = {**before, "violations": [old], "sometimes": {**before["sometimes"], "two-victims": 7}}
+    (tmp_path / "fuzz.json").write_text(json.dumps(state))
+    with pytest.raises(SystemExit) as end:
+        main(["fuzz", "--json", "-q", "--runs", "1", "--resume", str(tmp_path)])
+    after = json.loads(capsys.readouterr().out)
+    assert end.value.code == 1
+    assert after["violations"][0] == old
+    assert after["sometimes"]["two-victims"] >= 7
+
+
+@pytest.mark.parametrize(
+    "option", [["--seed", "8"], ["--core", "mine"], ["--plant", "MP05"], ["--shard", "1/2"], ["--out", "other"]]
+)
+def test_a_resumed_search_refuses_what_it_did_not_begin_with(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"seed": 7, "shard": "2/2", "searched": 3, "backend": "none", "plant": None, "core": "paged_attention"}
+    (tmp_path / "fuzz.json").write_text(json.dumps({**state, "violations": [], "sometimes": {}}))
+    with pytest.raises(SystemExit) as end:
+        main(["fuzz", "--resume", str(tmp_path), *option])
+    assert end.value.code == 2
+    assert "goes on with what it began with" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_search_counts_the_situations_that_it_met() -> None:
     counted = work(FuzzOptions(seed=2, runs=5), 0, 0, 1, 5, 1e9).sometimes
     assert counted["all-slots-used"] > 0

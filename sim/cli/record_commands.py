@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sim.cli.options import AsJson, Quiet, RunFolder, exits
-from sim.cli.show import busy, counted, progress_bar
+from sim.cli.show import broken, busy, counted, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +126,7 @@ def replay(
         for violation in comparison.report.violations:
             typer.echo(f"violated {violation}")
         if crash := comparison.report.summary["crash"]:
-            typer.echo(f"{'hung' if comparison.report.summary['crash_id'] == 'hang' else 'crashed'}: {crash}")
+            typer.echo(broken(comparison.report.summary["crash_id"], crash))
         for difference in comparison.differences:
             typer.echo(difference)
         typer.echo(f"{word}: {counted(found['steps'], 'step')}, trace {found['trace_hash']}")

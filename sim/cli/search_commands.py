@@ -14,7 +14,7 @@ import typer
 
 from sim.cli.fuzz_state import FUZZ_STATE, agree, read_state, with_earlier
 from sim.cli.options import AsJson, Overrides, Quiet, exits, note_hangs
-from sim.cli.show import counted
+from sim.cli.show import broken, counted
 from sim.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _show_fuzz(found: dict[str, Any]) -> None:
         typer.echo(f"BROKEN: the canary {found['canary']['id']} survived: this search would notice nothing")
         return
     for violation in found["violations"]:
-        typer.echo(f"violated {violation['message']}")
+        typer.echo(broken(violation["id"], violation["message"]))
         typer.echo(f"  shrunk to {_size(violation['requests'], violation['operations'])}: {violation['file']}")
         typer.echo(f"  kvproof replay {violation['file']}")
     if found["refused"]:
@@ -254,7 +254,7 @@ def explore(
         sys.stdout.write(json.dumps(found.to_json()) + "\n")
     elif not quiet:
         for violation in found.violations:
-            typer.echo(f"violated {violation.message}")
+            typer.echo(broken(violation.id, violation.message))
             for number, action in enumerate(violation.actions, 1):
                 typer.echo(f"  {number}. {action}")
         word = "BROKE" if found.violations else "EXHAUSTED" if found.exhausted else "UNFINISHED"
@@ -326,7 +326,7 @@ def shrink(
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     elif not quiet:
-        typer.echo(f"violated {shrunk.finding.message}")
+        typer.echo(broken(shrunk.finding.id, shrunk.finding.message))
         typer.echo(f"shrunk to {_size(shrunk.num_requests, shrunk.num_operations)} in {shrunk.tried} tries: {target}")
         typer.echo(f"kvproof replay {target}")
     return ExitCode.HELD

@@ -19,6 +19,7 @@ TITLES: Final = {
     "e2e_request_latency_seconds": ("End-to-end Latency", "E2EL"),
 }
 _MAX_VIOLATIONS: Final = 5
+ENDINGS: Final = {"crash": "crashed:", "hang": "hung:"}
 
 
 def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -88,7 +89,7 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if (more := len(summary["violations"]) - _MAX_VIOLATIONS) > 0:
         yield f"... and {more} more"
     if summary["crash"]:
-        yield f"{'hung' if summary['crash_id'] == 'hang' else 'crashed'}: {summary['crash']}"
+        yield broken(summary["crash_id"], summary["crash"])
     for check in summary["expectations"]:
         if not check["held"]:
             yield f"not as expected: {check['name']} is {check['found']}, expected {check['expected']}"
@@ -110,6 +111,11 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 def busy(console: Console, what: str) -> AbstractContextManager[object]:
     """Says what is being done as long as it lasts; on anything but a terminal it does nothing."""
     return console.status(what) if console.is_terminal and not console.quiet else nullcontext()
+
+
+def broken(name: str, message: str) -> str:
+    """What broke in words; `name` is the id of an invariant, or crash or hang."""
+    return f"{ENDINGS.get(name, 'violated')} {message}"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from sim.part_calls import HANG
 from sim.scenario import Scenario
 from sim.search.failure import write_failure_file
 from sim.search.probe import Finding, probe
-from sim.search.shrink import NothingToShrinkError, Shrunk, shrink
+from sim.search.shrink import Shrunk, shrink
 from sim.search.swarm import draw
 from sim.sometimes import SOMETIMES
 
@@ -100,9 +100,9 @@ class FuzzResult:
     """Why it did not, the last time."""
 
     @property
-    def hung(self) -> bool:
-        """Whether a call of the core was seen not to return."""
-        return any(shrunk.finding.id == HANG for _, shrunk in self.shrunk.values())
+    def hung(self) -> frozenset[str]:
+        """The pins of calls that were seen not to return."""
+        return frozenset(pin for pin, (_, shrunk) in self.shrunk.items() if shrunk.finding.id == HANG)
 
     @property
     def scenarios(self) -> int:
@@ -133,6 +133,7 @@ class FuzzResult:
             "violations": [
                 {
                     "id": shrunk.finding.id,
+                    "cause": shrunk.finding.cause,
                     "file": str(self.files[name]) if name in self.files else None,
                     "scenario": number,
                     "seconds": round(self.seconds[name], 3),
@@ -176,26 +177,15 @@ def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Calla
         result.refused += one.refused
         result.refusal = one.refusal or result.refusal
         for number, finding in one.found:
-            if finding.pin not in result.shrunk:
-                _shrink(options, number, finding, out, result, time.monotonic() - start)
+            if (pin := finding.pin) not in result.shrunk:
+                result.seconds[pin] = time.monotonic() - start
+                shrunk = shrink(_scenario(options, number), is_planted=True)
+                result.shrunk[pin] = number, shrunk
+                result.files[pin] = out / f"{pin}.yaml"
+                write_failure_file(result.files[pin], shrunk)
         progress(result)
         if result.shrunk and options.stop == "first":
             return
-
-
-def _shrink(options: FuzzOptions, number: int, finding: Finding, out: Path, result: FuzzResult, seconds: float) -> None:
-    """Make what a scenario showed after so many seconds as small as it gets, and write it to `out`."""
-    pin = finding.pin
-    try:
-        shrunk = shrink(_scenario(options, number), wanted=pin if finding.id == HANG else None, is_planted=True)
-    except NothingToShrinkError:
-        if finding.id != HANG:
-            raise
-        return  # It was slow, and too slow only for the shorter bound of a search that has met a hang.
-    result.seconds[pin] = seconds
-    result.shrunk[pin] = number, shrunk
-    result.files[pin] = out / f"{pin}.yaml"
-    write_failure_file(result.files[pin], shrunk)
 
 
 def _scenario(options: FuzzOptions, number: int) -> Scenario:
@@ -263,16 +253,19 @@ def _less(left: int | None, done: int) -> int | None:
 
 
 def work(
-    options: FuzzOptions, job: int, cursor: int, stride: int, limit: int | None, seconds: float, hung: bool = False
+    options: FuzzOptions,
+    job: int,
+    cursor: int,
+    stride: int,
+    limit: int | None,
+    seconds: float,
+    hung: frozenset[str] = frozenset(),
 ) -> Slice:
     """One job's turn: scenarios cursor, cursor + stride, ... until time or limit; the bug is planted already.
 
-    Where one `hung`, here or before, more will, and the rest get a shorter bound.
+    `hung` are the pins of hangs that were seen before.
     """
     end, start = time.monotonic() + seconds, time.process_time()
-    patience = Patience(options.hang_seconds)
-    if hung:
-        patience.hung()
     done = plans = 0
     found: dict[str, tuple[int, Finding]] = {}
     sometimes: Counter[str] = Counter()
@@ -281,9 +274,7 @@ def work(
         number = cursor + done * stride
         done += 1
         try:
-            finding = probe(
-                _scenario(options, number), sometimes=sometimes, is_planted=True, hang_seconds=patience.seconds
-            )
+            finding = _probe(_scenario(options, number), hung, sometimes)
         except SetupError as error:
             refused, refusal = refused + 1, str(error)
             continue
@@ -291,7 +282,18 @@ def work(
         if finding.id:
             found.setdefault(finding.pin, (number, finding))
             if finding.id == HANG:
-                patience.hung()
+                hung |= {finding.pin}
             if options.stop == "first":
                 break
     return Slice(job, done, plans, time.process_time() - start, tuple(found.values()), sometimes, refused, refusal)
+
+
+def _probe(scenario: Scenario, hung: frozenset[str], sometimes: Counter[str]) -> Finding:
+    """What the scenario shows; where some `hung` before, more will, and it gets a shorter bound for the same calls."""
+    patience = Patience(scenario.invariants.hang_seconds)
+    if hung:
+        patience.hung()
+    finding = probe(scenario, sometimes=sometimes, is_planted=True, hang_seconds=patience.seconds)
+    if hung and finding.id == HANG and finding.pin not in hung:
+        return probe(scenario, is_planted=True)
+    return finding

@@ -23,6 +23,7 @@ from sim.run import run
 from sim.scenario import load_scenario
 from sim.search.explore import explore
 from sim.search.fuzz import FuzzOptions, fuzz, work
+from sim.search.shrink import shrink
 from sim.search.small_world import Scope
 from sim.search.stateful import BrokenError, kvproof_stateful
 from tests.sim.page_parts import ROOT, files_and_commands
@@ -117,6 +118,37 @@ def test_a_search_goes_on_after_a_hang(variant: Any) -> None:
     assert (one.done, one.refused < 8) == (9, True)
 
 
+SLOW_AT_FIRST = (
+    "        self.live[request.id] = one = ",
+    "        import time\n        time.sleep(0.12 if request.id == 0 else 0)\n        self.live[request.id] = one = ",
+)
+
+
+def test_a_slow_call_is_no_hang_though_another_call_was_one(variant: Any) -> None:
+    core = variant("slow", SLOW_AT_FIRST)
+    known = frozenset({"hang-plan"})
+    one = work(FuzzOptions(seed=1, core=core, hang_seconds=0.5), 0, 0, 1, 2, 1e9, known)
+    assert (one.found, one.refused) == ((), 0)
+    assert one.plans > 50
+
+
+@pytest.mark.slow
+def test_what_is_only_slow_is_not_kept_for_a_call_that_never_returns(variant: Any) -> None:
+    both = SLOW_AT_FIRST[1].replace(
+        "        import", "        while len(self.live) == 2:\n            pass\n        import"
+    )
+    core = variant("slow_and_hangs", (SLOW_AT_FIRST[0], both))
+    requests = [{"prompt_tokens": 1, "output_tokens": 1}] * 4
+    scenario = planned_only(
+        core={"kind": core, "batch_size": 1, "prefill_chunk": 1},
+        cache={"page_size": 1, "num_pages": 3, "max_sequence_length": 1},
+        workload={"arrivals": {"kind": "script", "requests": requests}},
+        invariants={"hang_seconds": 0.5},
+    )
+    shrunk = shrink(scenario)
+    assert (shrunk.finding.pin, shrunk.num_requests) == ("hang-submit", 3)
+
+
 @pytest.mark.slow
 def test_a_search_in_several_processes_goes_on_after_a_hang(variant: Any, tmp_path: Path) -> None:
     core = variant("hangs_in_workers", WAITS_FOR_ROOM)
@@ -170,7 +202,7 @@ def test_an_exploration_ends_at_a_call_that_hangs_and_tells_a_shortest_way_to_it
 def test_a_state_machine_finds_a_call_that_hangs(variant: Any) -> None:
     build = import_module(variant("hangs_anywhere", WAITS_FOR_ROOM).partition(":")[0]).build
     with pytest.raises(BrokenError, match=r"submit\(\) did not return within"):
-        kvproof_stateful(build, max_examples=20, hang_seconds=BOUND)("runTest").runTest()
+        kvproof_stateful(build, max_examples=20, steps=5, hang_seconds=BOUND)("runTest").runTest()
 
 
 class Steps:

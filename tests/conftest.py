@@ -1,8 +1,10 @@
 """Settings that every test shares; they must stand before JAX starts."""
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ if sys.dont_write_bytecode:
     sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # Of modules that earlier runs wrote and imported.
+    for folder in Path(sys.pycache_prefix + tempfile.gettempdir()).glob("pytest-of-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"

@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ def test_another_process_with_another_hash_seed_gives_the_same_bytes(drawn, tmp_
     run, files = drawn
     again = shutil.copytree(run, tmp_path / run.name, ignore=shutil.ignore_patterns("plots"))
     code = "import sys, pathlib, reports.plots; reports.plots.draw(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(again)], check=True, env={"PYTHONHASHSEED": "4711"})
+    subprocess.run([sys.executable, "-c", code, str(again)], check=True, env={**os.environ, "PYTHONHASHSEED": "4711"})
     for file in files:
         assert file.read_bytes() == (again / "plots" / file.name).read_bytes(), file.name
 

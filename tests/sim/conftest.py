@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sim.cli import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_spin() -> Iterator[None]:
+    """Commands that tell a rate in spins measure one at each call, for seconds; here a process measures it once."""
+    import sim.bench
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sim.bench, "spin", functools.cache(sim.bench.spin))
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import sim.run
+from reports.plots import PLOTS
 from sim.cli import main
 from sim.scenario import dump_scenario, load_scenario
 from tests.sim.run_parts import planned_only
@@ -247,10 +248,11 @@ def test_a_full_disk_under_the_plan_log_leaves_the_record(name: str, kvproof: An
 
 def test_a_full_disk_under_the_plots_leaves_the_record(kvproof: Any, scenario: Path) -> None:
     kvproof("run", scenario, "--no-plots", "--quiet", "--out", "run")
+    Path("run/plots").mkdir()
+    for plot in PLOTS:
+        Path(f"run/plots/{plot.stem}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     for file, drawn in (("report.html", "report"), ("plots/page_usage.png", "plot")):
         path = Path("run") / file
-        path.unlink(missing_ok=True)
-        path.parent.mkdir(exist_ok=True)
         path.symlink_to("/dev/full")
         status, _, err = kvproof(drawn, "run")
         assert status == 3

@@ -90,6 +90,8 @@ def verdict_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"... and {more} more"
     if summary["crash"]:
         yield broken(summary["crash_id"], summary["crash"])
+        if summary["crash_id"] == "hang":
+            yield "  where such a call only takes long, give it longer: --set invariants.hang_seconds=60, say"
     for check in summary["expectations"]:
         if not check["held"]:
             yield f"not as expected: {check['name']} is {check['found']}, expected {check['expected']}"

@@ -170,6 +170,7 @@ def test_a_run_of_a_core_that_hangs_ends_with_a_sentence_and_says_so_again_when_
     assert status == 1
     assert "hung: step " in out
     assert "ReservingCore.submit() did not return within 0.2 s (at hangs_in_run.py:" in out
+    assert "give it longer: --set invariants.hang_seconds=60" in out
     assert "\nHUNG: first" in out
     assert "Traceback" not in out + err
     status, out, _ = kvproof("replay", "runs/failure")

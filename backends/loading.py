@@ -52,4 +52,6 @@ def _near(module: ModuleType, function: str) -> str:
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     meant = get_close_matches(function, own, 1)
     hint = f"; did you mean '{meant[0]}'?" if meant else ""
-    return f"{Path(module.__file__ or module.__name__).name} has no function '{function}'{hint}"
+    file = Path(module.__file__ or module.__name__)
+    name = f"{file.parent.name}/{file.name}" if file.name == "__init__.py" else file.name
+    return f"{name} has no function '{function}'{hint}"

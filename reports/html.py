@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from invariants.catalogue import CATALOGUE
 from reports.diff import LATENCIES, figure
 from reports.record import RunRecord, Violation
 
@@ -56,6 +57,7 @@ def _contents(record: RunRecord) -> dict[str, Any]:
         "latencies": _latencies(record),
         "latency_figures": LATENCY_FIGURES,
         "invariants": invariants,
+        "statements": {name: CATALOGUE[name].statement for name in invariants if name in CATALOGUE},
         "num_checked": sum(bool(counts["checked"]) for counts in invariants.values()),
         "expectations": summary.get("expectations") or [],
         "reasons": {

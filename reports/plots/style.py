@@ -42,6 +42,9 @@ MAX_BINS = 400
 MAX_MARKS = 12
 """Violation lines in one figure; the report lists them all."""
 
+MARK_WIDTH = 0.01
+"""Of the time shown: violations closer together than this share a line."""
+
 RC: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -167,21 +170,43 @@ def say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#444444")
 
 
+def marked_moments(record: RunRecord, time: TimeAxis) -> list[tuple[int, list[str]]]:
+    """Time in ns and ids of the violations that are marked, ascending.
+
+    Those that would lie on top of one another share the first one's mark. Where even so there are too many, only
+    what is violated for the first time is marked.
+    """
+    near = MARK_WIDTH * (time.last_ns - time.first_ns)
+    marks: list[tuple[int, list[str]]] = []
+    for violation in sorted((v for v in record.violations if v.time_ns is not None), key=lambda v: v.time_ns or 0):
+        time_ns = violation.time_ns or 0
+        if not time.first_ns <= time_ns <= time.last_ns:
+            continue
+        if not marks or time_ns - marks[-1][0] > near:
+            marks.append((time_ns, []))
+        if violation.id not in marks[-1][1]:
+            marks[-1][1].append(violation.id)
+    if len(marks) <= MAX_MARKS:
+        return marks
+    seen: set[str] = set()
+    first: list[tuple[int, list[str]]] = []
+    for time_ns, ids in marks:
+        if new := [name for name in ids if name not in seen]:
+            first.append((time_ns, new))
+            seen.update(new)
+    return first[:MAX_MARKS]
+
+
 def mark_violations(axes: Sequence[Axes], record: RunRecord, time: TimeAxis) -> None:
     """A vertical line through all axes for each moment of a violation, its ids on top of the first."""
-    at: dict[int, list[str]] = {}
-    for violation in record.violations:
-        if violation.time_ns is not None and time.first_ns <= violation.time_ns <= time.last_ns:
-            at.setdefault(violation.time_ns, []).append(violation.id)
     right_of_label = -np.inf
-    for time_ns, ids in sorted(at.items())[:MAX_MARKS]:
+    for time_ns, ids in marked_moments(record, time):
         x = time_ns / time.unit.ns
         for one in axes:
             one.axvline(x, color=VERMILLION, linestyle=(0, (4, 2, 1, 2)), linewidth=1.4, zorder=5)
         if x < right_of_label:
             continue
-        names = list(dict.fromkeys(ids))
-        label = ", ".join(names[:3]) + (f" +{len(names) - 3}" if len(names) > 3 else "")
+        label = ", ".join(ids[:3]) + (f" +{len(ids) - 3}" if len(ids) > 3 else "")
         axes[0].text(
             x,
             1.005,

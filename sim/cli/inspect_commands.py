@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
 
 
 def list_things(
-    what: Annotated[str, typer.Argument(help="scenarios, invariants, sometimes, backends, cores or mutants.")],
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="scenarios, invariants, sometimes, backends, cores or mutants.")
+    ],
     folder: Annotated[
         Path | None, typer.Option(help="Where the scenarios are [./scenarios, else those that come with kvproof].")
     ] = None,

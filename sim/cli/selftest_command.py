@@ -37,7 +37,9 @@ def selftest(
         bool,
         typer.Option("--hunt", help="Let the fuzzer find each bug from a cold seed, shrink it and replay it."),
     ] = False,
-    seed: Annotated[list[int] | None, typer.Option("--seed", min=0, help="Of a hunt; may be given again [0].")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, metavar="SEED", help="Of a hunt; may be given again [0].")
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="How long one hunt may search.")] = 60.0,
     as_json: AsJson = False,
     quiet: Quiet = False,

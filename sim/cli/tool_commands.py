@@ -113,7 +113,8 @@ def doctor(as_json: AsJson = False) -> int:
 
 def bench(
     what: Annotated[
-        Literal["runs", "devices"], typer.Argument(help="runs: whole runs, in spins. devices: write paths, in memcpys.")
+        Literal["runs", "devices"],
+        typer.Argument(metavar="WHAT", help="runs: whole runs, in spins. devices: write paths, in memcpys."),
     ] = "runs",
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="CASE", help="A case; may be given again [all cases].")

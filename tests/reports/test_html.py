@@ -85,8 +85,8 @@ def test_the_report_tells_verdict_violation_evidence_and_replay(run):
     assert "page 7 has two owners: requests 3 and 5 <b>both</b>" in words
     assert '{"page": 7, "owners": [3, 5]}' in words
     assert re.search(r"kvproof replay '\S*/broken <run>-20260101T000000Z-0007'", words)
-    assert f"T1 {steps} 0 0 nothing to compare" in words
-    assert f"P1 {steps} {steps} 1 ✗ violated" in words
+    assert f"the device batch. {steps} 0 0 nothing to compare" in words
+    assert f"P1 Each page from 1 on is exactly one of free, owned and fenced. {steps} {steps} 1 ✗ violated" in words
 
 
 def test_what_others_wrote_is_escaped(run):

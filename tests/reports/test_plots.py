@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reports.plots import PLOTS, draw, page_map, style, timeline
-from reports.record import FENCED, FREE, RecordError, RunRecord
+from reports.record import FENCED, FREE, RecordError, RunRecord, Violation
 
 UNITS = re.compile(r"\[(%|s|ms|µs|ns|h|% of owned places)\]$|/ s$|^requests |^preemptions\b|^page id$|^request id\b")
 """What ends in a unit, or is a count or a name and needs none."""
@@ -112,8 +113,22 @@ def test_a_thousand_violations_leave_the_figure_readable(run_maker, tmp_path):
     crowded = RunRecord(record.folder, record.scenario, record.summary, violations, record.requests, record.series)
     with style.applied():
         axes = PLOTS[0].figure(crowded).axes[0]
-    assert len(axes.lines) == style.MAX_MARKS
-    assert sum("violated" in text.get_text() for text in axes.texts) <= style.MAX_MARKS
+    assert 1 <= len(axes.lines) <= style.MAX_MARKS
+    assert 1 <= sum("violated" in text.get_text() for text in axes.texts) <= style.MAX_MARKS
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 9)), max_size=80))
+def test_the_first_violation_of_each_statement_is_marked_near_its_time_and_marks_lie_apart(found):
+    class Record:
+        violations = tuple(Violation(f"P{number}", 0, time_ns, "", {}) for time_ns, number in found)
+
+    marks = style.marked_moments(Record(), style.TimeAxis(0.0, 10_000.0, style.time_unit(1), "simulated"))
+    near = style.MARK_WIDTH * 10_000
+    assert len(marks) <= style.MAX_MARKS
+    assert all(after[0] - before[0] > near for before, after in itertools.pairwise(marks))
+    for name in {f"P{number}" for _, number in found}:
+        first = min(time_ns for time_ns, number in found if f"P{number}" == name)
+        assert 0 <= first - next(moment for moment, ids in marks if name in ids) <= near
 
 
 @pytest.mark.parametrize(

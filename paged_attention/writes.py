@@ -147,27 +147,47 @@ def write_decodes_jax(layout: Layout, pools: Pools, tokens: Tokens, position: An
     live = (position >= 0) & (logical < table.shape[1]) & (page >= 0)
     page = jnp.where(live, page, num_pages)
     offset = position % page_size
-    if pools[0].dtype != jnp.bfloat16:
-        return _scatter(layout, pools, tokens, page, offset)
-
-    def put_token(pools: Pools, slot: Any, page: Any, offset: Any) -> Pools:
-        vectors = [lax.dynamic_index_in_dim(rows, slot, keepdims=False) for rows in tokens]
-        return [layout.write_token(pool, page, offset, one) for pool, one in zip(pools, vectors, strict=True)]
-
-    def one_by_one(pools: Pools, page: Any, offset: Any) -> Pools:
-        return _in_turn(put_token, pools, len(page), num_pages, jnp.arange(len(page)), page, offset)
 
     def at_once(pools: Pools, page: Any, offset: Any) -> Pools:
         return _scatter(layout, pools, tokens, page, offset)
 
-    # A CPU scatters bfloat16 word by word: a loop of whole tokens costs half of that.
-    return lax.platform_dependent(list(pools), page, offset, cpu=one_by_one, default=at_once)
+    def one_by_one(pools: Pools, page: Any, offset: Any) -> Pools:
+        return _one_by_one(layout, pools, tokens, page, offset)
+
+    def scales_one_by_one(pools: Pools, page: Any, offset: Any) -> Pools:
+        written = list(pools)
+        for write, nth in ((_scatter, vectors), (_one_by_one, scales)):
+            some = write(layout, [pools[n] for n in nth], [tokens[n] for n in nth], page, offset)
+            for n, pool in zip(nth, some, strict=True):
+                written[n] = pool
+        return written
+
+    vectors = [n for n, pool in enumerate(pools) if pool.ndim == len(layout.axes)]
+    scales = [n for n, pool in enumerate(pools) if pool.ndim < len(layout.axes)]
+    # A CPU scatters bfloat16 word by word: a loop of whole tokens costs half of that. For a scatter of scales a TPU
+    # lays their whole array out anew.
+    cpu = one_by_one if pools[0].dtype == jnp.bfloat16 else at_once
+    tpu = scales_one_by_one if scales else at_once
+    return lax.platform_dependent(list(pools), page, offset, cpu=cpu, tpu=tpu, default=at_once)
 
 
 def _scatter(layout: Layout, pools: Pools, tokens: Tokens, page: Any, offset: Any) -> Pools:
     """`pools` with each row at its (page, offset). One past the last page is dropped; -1 would wrap around to it."""
     index = layout.index(page, offset)
     return [pool.at[index].set(layout.from_tokens(rows), mode="drop") for pool, rows in zip(pools, tokens, strict=True)]
+
+
+def _one_by_one(layout: Layout, pools: Pools, tokens: Tokens, page: Any, offset: Any) -> Pools:
+    """As `_scatter`, in a loop over the rows."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    def put_token(pools: Pools, row: Any, page: Any, offset: Any) -> Pools:
+        vectors = [lax.dynamic_index_in_dim(rows, row, keepdims=False) for rows in tokens]
+        return [layout.write_token(pool, page, offset, one) for pool, one in zip(pools, vectors, strict=True)]
+
+    num_pages = layout.num_pages(pools[0])
+    return _in_turn(put_token, pools, len(page), num_pages, jnp.arange(len(page)), page, offset)
 
 
 def _in_turn(put: Callable[..., Pools], pools: Pools, count: Any, num_pages: int, row: Any, page: Any, *to: Any) -> Any:

@@ -60,6 +60,39 @@ def test_the_default_path_writes_in_place(target: str, audited: Callable[..., Ta
         assert each.compiled.alias_bytes >= each.compiled.pool_bytes > 2**26
 
 
+@pytest.mark.parametrize("target", ["tpu-v5e:2x2", "tpu-v5p:2x2x1", "tpu-v6e:2x2", "tpu7x:2x2x1"])
+def test_quantised_pages_and_their_scales_are_written_in_place(
+    target: str, audited: Callable[..., TargetReport]
+) -> None:
+    report = audited(target, "cache.quantize=true", only=FUNCTIONS)
+    assert why(report) == dict.fromkeys(FUNCTIONS, "")
+    # The values, and float32 scales of a 32nd of their size.
+    assert all(each.compiled.pool_bytes % 33 == 0 for each in report.functions)
+
+
+@pytest.mark.parametrize("num_pages", [16384, 16001])
+def test_quantised_pages_first_are_written_in_place_with_four_heads_a_device(
+    num_pages: int, audited: Callable[..., TargetReport]
+) -> None:
+    found = why(
+        audited(
+            "tpu-v5e:2x2",
+            "cache.quantize=true",
+            "cache.layout=pages_first",
+            "backend.mesh={heads: 2}",
+            f"cache.num_pages={num_pages}",
+        )
+    )
+    assert found == dict.fromkeys(WRITES, "")
+
+
+def test_scales_that_are_written_without_reading_their_neighbours_fail(audited: Callable[..., TargetReport]) -> None:
+    narrow = Edit("paged_attention.layout:_put", "tpu=in_tiles", "tpu=at_once")
+    with applied([narrow]):
+        found = why(audited("tpu-v5e:2x2", "cache.quantize=true"))
+    assert all("of a whole pool" in text for text in found.values())
+
+
 def test_a_flat_view_of_the_pool_fails(audited: Callable[..., TargetReport]) -> None:
     found = why(audited("tpu-v5e:2x2", "backend.writer=tests.audit.bad_writers:flat"))
     assert all("of a whole pool" in text for text in found.values())

@@ -8,16 +8,15 @@ Everything that depends on the order of the axes is here: writer, reader, verifi
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Shaped
 
+from paged_attention import tiles
+
 Pages = Any
 """One array of a pool: NumPy or JAX."""
-
-LANES: Final = 128
-"""Width of a TPU's tiles, along the axis that lies innermost in its memory."""
 
 
 class Layout(Protocol):
@@ -99,15 +98,15 @@ class HeadsFirst:
     def read_page(self, pool: Pages, page: Any) -> Any:
         """One whole page as (page_size, heads, *rest)."""
         heads, _, *of_page = pool.shape
-        return _get(pool, (0, page, 0, 0), (heads, 1, *of_page), self.axes).squeeze(1).swapaxes(0, 1)
+        return tiles.get(pool, (0, page, 0, 0), (heads, 1, *of_page), self.axes).squeeze(1).swapaxes(0, 1)
 
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced."""
-        return _put(pool, tokens.swapaxes(0, 1)[:, None], (0, page, 0, 0), self.axes)
+        return tiles.put(pool, tokens.swapaxes(0, 1)[:, None], (0, page, 0, 0), self.axes)
 
     def write_token(self, pool: Pages, page: Any, offset: Any, token: Any) -> Any:
         """A pool with one place replaced."""
-        return _put(pool, token[:, None, None], (0, page, offset, 0), self.axes)
+        return tiles.put(pool, token[:, None, None], (0, page, offset, 0), self.axes)
 
     def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
         """Single words of every head: (heads, *places)."""
@@ -161,15 +160,15 @@ class PagesFirst:
 
     def read_page(self, pool: Pages, page: Any) -> Any:
         """One whole page as (page_size, heads, *rest)."""
-        return _get(pool, (page, 0, 0, 0), (1, *pool.shape[1:]), self.axes).squeeze(0)
+        return tiles.get(pool, (page, 0, 0, 0), (1, *pool.shape[1:]), self.axes).squeeze(0)
 
     def write_page(self, pool: Pages, page: Any, tokens: Any) -> Any:
         """A pool with one whole page replaced."""
-        return _put(pool, tokens[None], (page, 0, 0, 0), self.axes)
+        return tiles.put(pool, tokens[None], (page, 0, 0, 0), self.axes)
 
     def write_token(self, pool: Pages, page: Any, offset: Any, token: Any) -> Any:
         """A pool with one place replaced."""
-        return _put(pool, token[None, None], (page, offset, 0, 0), self.axes)
+        return tiles.put(pool, token[None, None], (page, offset, 0, 0), self.axes)
 
     def read_words(self, pool: Pages, page: Any, offset: Any, lane: Any) -> Any:
         """Single words of every head: (heads, *places)."""
@@ -186,72 +185,6 @@ class PagesFirst:
             start_indices_batching_dims=(0,),
         )
         return lax.gather(pool, place, dimensions, (1, 1, 1, 1), mode="promise_in_bounds")
-
-
-def _get(pool: Pages, start: tuple[Any, ...], size: tuple[int, ...], axes: tuple[str, ...]) -> Any:
-    """The piece of `pool` of this size at `start`, one entry for each of `axes`, of which scales have all but the last.
-
-    See `_put` for why scales are read in whole tiles on a TPU.
-    """
-    from jax import lax
-
-    def in_tiles(pool: Pages, *start: Any) -> Any:
-        axis = _lane_axis(pool, axes)
-        if size[axis] > 1:
-            return at_once(pool, *start)
-        where, lines = _lines(pool, start, size, axis)
-        read = lax.optimization_barrier(lax.dynamic_slice(pool, where, lines))
-        inside = [at - first for at, first in zip(start, where, strict=True)]
-        return lax.dynamic_slice(read, inside, size)
-
-    def at_once(pool: Pages, *start: Any) -> Any:
-        return lax.dynamic_slice(pool, start, size)
-
-    start = start[: pool.ndim]
-    if pool.ndim == len(axes):
-        return at_once(pool, *start)
-    return lax.platform_dependent(pool, *start, tpu=in_tiles, default=at_once)
-
-
-def _put(pool: Pages, piece: Any, start: tuple[Any, ...], axes: tuple[str, ...]) -> Any:
-    """`pool` with `piece` at `start`, one entry for each of `axes`, of which scales have all but the last.
-
-    On a TPU whole lines of lanes of a scale array are read, merged and put back: for a piece that is narrower, its
-    compiler lays the whole array out anew, with heads or offsets along the lanes, and back again.
-    """
-    import jax.numpy as jnp
-    from jax import lax
-
-    def in_tiles(pool: Pages, piece: Any, *start: Any) -> Any:
-        axis = _lane_axis(pool, axes)
-        if piece.shape[axis] > 1:
-            return at_once(pool, piece, *start)
-        where, lines = _lines(pool, start, piece.shape, axis)
-        here = lax.broadcasted_iota(jnp.int32, lines, axis) == start[axis] - where[axis]
-        return lax.dynamic_update_slice(pool, jnp.where(here, piece, lax.dynamic_slice(pool, where, lines)), where)
-
-    def at_once(pool: Pages, piece: Any, *start: Any) -> Any:
-        return lax.dynamic_update_slice(pool, piece, start)
-
-    start = start[: pool.ndim]
-    if pool.ndim == len(axes):
-        return at_once(pool, piece, *start)
-    return lax.platform_dependent(pool, piece, *start, tpu=in_tiles, default=at_once)
-
-
-def _lane_axis(pool: Pages, axes: tuple[str, ...]) -> int:
-    """The axis of a scale array along the lanes of a TPU's tiles: pages, unless a page fills whole tiles."""
-    page = axes.index("page")
-    return page if pool.shape[page] % LANES == 0 else axes.index("pages")
-
-
-def _lines(pool: Pages, start: tuple[Any, ...], size: tuple[int, ...], axis: int) -> tuple[Any, tuple[int, ...]]:
-    """Start and size of the whole lines, along `axis`, that a piece of `pool` which is one wide there lies in."""
-    import jax.numpy as jnp
-
-    lanes = min(LANES, pool.shape[axis])
-    first = jnp.minimum(start[axis] // LANES * LANES, pool.shape[axis] - lanes)
-    return (*start[:axis], first, *start[axis + 1 :]), (*size[:axis], lanes, *size[axis + 1 :])
 
 
 HEADS_FIRST: Layout = HeadsFirst()

@@ -13,15 +13,18 @@ order of a layout's axes, tokens as (tokens, heads, *rest). Rows that are not re
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from paged_attention.layout import Layout
+from paged_attention.tiles import is_scale
 
 Pools = list[Any]
 Tokens = list[Any]
+Write = Callable[[Pools, Tokens], Pools]
 
 
 class Part(NamedTuple):
@@ -111,28 +114,42 @@ def write_prefill_jax(
         page = table[jnp.minimum(logical, table.shape[0] - 1)]
         return jnp.where((logical < table.shape[0]) & (page >= 0), page, num_pages)
 
-    def merge_page(pools: Pools, first_row: Any, page: Any) -> Pools:
-        rows = first_row + jnp.arange(page_size)
-        keep = ~((rows >= 0) & (rows < num_real))
-        merged: Pools = []
-        for pool, source in zip(pools, tokens, strict=True):
-            new, old = source.at[rows].get(mode="clip"), layout.read_page(pool, page)
-            mask = keep.reshape(-1, *[1] * (new.ndim - 1))
-            merged.append(layout.write_page(pool, page, jnp.where(mask, old, new)))
-        return merged
+    def merge(pools: Pools, tokens: Tokens, count: Any, first_rows: Any) -> Pools:
+        def merge_page(pools: Pools, first_row: Any, page: Any) -> Pools:
+            rows = first_row + jnp.arange(page_size)
+            keep = ~((rows >= 0) & (rows < num_real))
+            merged: Pools = []
+            for pool, source in zip(pools, tokens, strict=True):
+                new, old = source.at[rows].get(mode="clip"), layout.read_page(pool, page)
+                mask = keep.reshape(-1, *[1] * (new.ndim - 1))
+                merged.append(layout.write_page(pool, page, jnp.where(mask, old, new)))
+            return merged
 
-    def put_page(pools: Pools, first_row: Any, page: Any) -> Pools:
-        pieces = [lax.dynamic_slice_in_dim(source, first_row, page_size) for source in tokens]
-        return [layout.write_page(pool, page, piece) for pool, piece in zip(pools, pieces, strict=True)]
+        return _in_turn(merge_page, pools, count, num_pages, first_rows, page_of(first_rows))
 
-    # The row, before the chunk's first one perhaps, that lies at the start of each page written in part.
-    edges = jnp.stack([jnp.where(head > 0, -(start % page_size), tail), tail])
-    num_edges = (head > 0).astype(jnp.int32) + (tail < num_real)
-    pools = _in_turn(merge_page, pools, num_edges, num_pages, edges, page_of(edges))
-    if num_rows < page_size:
-        return pools
-    whole = head + jnp.arange(num_rows // page_size) * page_size
-    return _in_turn(put_page, pools, num_whole, num_pages, whole, page_of(whole))
+    def put(pools: Pools, tokens: Tokens, count: Any, first_rows: Any) -> Pools:
+        def put_page(pools: Pools, first_row: Any, page: Any) -> Pools:
+            pieces = [lax.dynamic_slice_in_dim(source, first_row, page_size) for source in tokens]
+            return [layout.write_page(pool, page, piece) for pool, piece in zip(pools, pieces, strict=True)]
+
+        return _in_turn(put_page, pools, count, num_pages, first_rows, page_of(first_rows))
+
+    def whole_pages_put(pools: Pools, tokens: Tokens) -> Pools:
+        # The row, before the chunk's first one perhaps, that lies at the start of each page written in part.
+        edges = jnp.stack([jnp.where(head > 0, -(start % page_size), tail), tail])
+        pools = merge(pools, tokens, (head > 0).astype(jnp.int32) + (tail < num_real), edges)
+        if num_rows < page_size:
+            return pools
+        return put(pools, tokens, num_whole, head + jnp.arange(num_rows // page_size) * page_size)
+
+    def all_pages_merged(pools: Pools, tokens: Tokens) -> Pools:
+        first = -(start % page_size)
+        count = jnp.where(num_real > 0, -((first - num_real) // page_size), 0)
+        return merge(pools, tokens, count, first + jnp.arange(num_rows // page_size + 2) * page_size)
+
+    # After a second loop over scales, a TPU lays their whole array out anew.
+    by_kind = partial(_each_kind, layout, whole_pages_put, all_pages_merged)
+    return lax.platform_dependent(list(pools), list(tokens), tpu=by_kind, default=whole_pages_put)
 
 
 def write_decodes_jax(layout: Layout, pools: Pools, tokens: Tokens, position: Any, table: Any, page_size: int) -> Pools:
@@ -148,27 +165,28 @@ def write_decodes_jax(layout: Layout, pools: Pools, tokens: Tokens, position: An
     page = jnp.where(live, page, num_pages)
     offset = position % page_size
 
-    def at_once(pools: Pools, page: Any, offset: Any) -> Pools:
+    def at_once(pools: Pools, tokens: Tokens) -> Pools:
         return _scatter(layout, pools, tokens, page, offset)
 
-    def one_by_one(pools: Pools, page: Any, offset: Any) -> Pools:
+    def one_by_one(pools: Pools, tokens: Tokens) -> Pools:
         return _one_by_one(layout, pools, tokens, page, offset)
 
-    def scales_one_by_one(pools: Pools, page: Any, offset: Any) -> Pools:
-        written = list(pools)
-        for write, nth in ((_scatter, vectors), (_one_by_one, scales)):
-            some = write(layout, [pools[n] for n in nth], [tokens[n] for n in nth], page, offset)
-            for n, pool in zip(nth, some, strict=True):
-                written[n] = pool
-        return written
-
-    vectors = [n for n, pool in enumerate(pools) if pool.ndim == len(layout.axes)]
-    scales = [n for n, pool in enumerate(pools) if pool.ndim < len(layout.axes)]
-    # A CPU scatters bfloat16 word by word: a loop of whole tokens costs half of that. For a scatter of scales a TPU
+    # A CPU scatters bfloat16 word by word: a loop of whole tokens costs half of that. For a scatter of scales, a TPU
     # lays their whole array out anew.
     cpu = one_by_one if pools[0].dtype == jnp.bfloat16 else at_once
-    tpu = scales_one_by_one if scales else at_once
-    return lax.platform_dependent(list(pools), page, offset, cpu=cpu, tpu=tpu, default=at_once)
+    by_kind = partial(_each_kind, layout, at_once, one_by_one)
+    return lax.platform_dependent(list(pools), list(tokens), cpu=cpu, tpu=by_kind, default=at_once)
+
+
+def _each_kind(layout: Layout, write_vectors: Write, write_scales: Write, pools: Pools, tokens: Tokens) -> Pools:
+    """`pools`, of which the arrays of vectors and those of scales are written in two ways."""
+    written = list(pools)
+    for scales, write in ((False, write_vectors), (True, write_scales)):
+        nth = [n for n, pool in enumerate(pools) if is_scale(pool, layout.axes) == scales]
+        if nth:
+            some = write([pools[n] for n in nth], [tokens[n] for n in nth])
+            written = [some[nth.index(n)] if n in nth else pool for n, pool in enumerate(written)]
+    return written
 
 
 def _scatter(layout: Layout, pools: Pools, tokens: Tokens, page: Any, offset: Any) -> Pools:

@@ -87,7 +87,7 @@ def test_quantised_pages_first_are_written_in_place_with_four_heads_a_device(
 
 
 def test_scales_that_are_written_without_reading_their_neighbours_fail(audited: Callable[..., TargetReport]) -> None:
-    narrow = Edit("paged_attention.layout:_put", "tpu=in_tiles", "tpu=at_once")
+    narrow = Edit("paged_attention.tiles:put", "tpu=in_lines", "tpu=at_once")
     with applied([narrow]):
         found = why(audited("tpu-v5e:2x2", "cache.quantize=true"))
     assert all("of a whole pool" in text for text in found.values())

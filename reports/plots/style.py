@@ -42,6 +42,9 @@ MAX_BINS = 400
 MAX_MARKS = 12
 """Violation lines in one figure; the report lists them all."""
 
+LABEL_ROOM = 0.15
+"""Of the time shown: how far half a label of a violation reaches to the left."""
+
 MARK_WIDTH = 0.01
 """Of the time shown: violations closer together than this share a line."""
 
@@ -207,12 +210,14 @@ def mark_violations(axes: Sequence[Axes], record: RunRecord, time: TimeAxis) -> 
         if x < right_of_label:
             continue
         label = ", ".join(ids[:3]) + (f" +{len(ids) - 3}" if len(ids) > 3 else "")
+        # At the left edge it would hide the axis' topmost figure.
+        side = "left" if x - time.first < LABEL_ROOM * (time.last - time.first) else "center"
         axes[0].text(
             x,
             1.005,
             f"{label} violated",
             transform=axes[0].get_xaxis_transform(),
-            ha="center",
+            ha=side,
             va="bottom",
             color=VERMILLION,
             fontsize=8,

@@ -117,6 +117,17 @@ def test_a_thousand_violations_leave_the_figure_readable(run_maker, tmp_path):
     assert 1 <= sum("violated" in text.get_text() for text in axes.texts) <= style.MAX_MARKS
 
 
+def test_the_label_of_an_early_violation_stays_right_of_the_axis(run_maker, tmp_path):
+    record = RunRecord.load(run_maker(tmp_path, violate_at=1))
+    with style.applied():
+        figure = PLOTS[0].figure(record)
+        style.settle(figure)
+        figure.canvas.draw()
+    axes = figure.axes[0]
+    (mark,) = (text for text in axes.texts if "violated" in text.get_text())
+    assert mark.get_window_extent().x0 >= axes.get_window_extent().x0
+
+
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 9)), max_size=80))
 def test_the_first_violation_of_each_statement_is_marked_near_its_time_and_marks_lie_apart(found):
     class Record:

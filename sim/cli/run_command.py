@@ -164,10 +164,12 @@ def _share(process: str | None, coordinator: str | None) -> ProcessShare | None:
 
     if process is None and coordinator is None:
         return None
-    index, _, count = (process or "").partition("/")
+    if process is None or coordinator is None:
+        raise typer.BadParameter("each needs the other", param_hint="--process, --coordinator")
+    index, _, count = process.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise typer.BadParameter(f"expected I/N such as 0/2, found {process!r}", param_hint="--process")
-    host, _, port = (coordinator or "").rpartition(":")
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise typer.BadParameter(
             f"expected HOST:PORT such as 127.0.0.1:4711, found {coordinator!r}", param_hint="--coordinator"

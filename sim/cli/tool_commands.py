@@ -62,8 +62,27 @@ SECONDS_A_ROW: Final = 0.7
 """How long `bench devices` measures each row."""
 
 
+def _show_version(asked: bool) -> None:
+    """What `kvproof --version` prints."""
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"kvproof {version('kvproof')}")
+        raise typer.Exit
+
+
+def _before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    # No docstring: it would take the place of the program's help.
+    del version
+
+
 def register(app: typer.Typer) -> None:
-    """Add this file's commands."""
+    """Add this file's commands, and `--version`."""
+    app.callback()(_before_any_command)
     app.command(short_help="Write a commented starter scenario.")(exits(init))
     app.command(short_help="Print the JSON Schema of scenario files.")(exits(schema))
     app.command(short_help="Show versions, devices and what missing extras would give.")(exits(doctor))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def test_every_command_has_help_with_an_example(command: str, kvproof: Any) -> N
     status, out, _ = kvproof(command, "--help")
     assert status == 0
     assert f"Example: kvproof {command}" in " ".join(out.split())
+
+
+def test_the_version_is_told(kvproof: Any) -> None:
+    assert kvproof("--version") == (0, f"kvproof {version('kvproof')}\n", "")
 
 
 def test_a_run_shows_a_table_and_a_verdict_and_writes_its_folder(kvproof: Any, scenario: Path) -> None:
@@ -130,6 +135,7 @@ USER_ERRORS: dict[str, tuple[list[str], int, str]] = {
     "a file as run folder": (["run", "small.yaml", "--out", "small.yaml"], 2, "small.yaml: File exists"),
     "no run": (["plot", "nothing"], 2, "no such run folder"),
     "no run to compare": (["diff", "nothing", "nothing"], 2, "no such run folder"),
+    "a process alone": (["run", "small.yaml", "--process", "0/2"], 2, "each needs the other"),
     "no log": (["judge", "nothing.jsonl"], 2, "nothing.jsonl: No such file"),
     "no record": (["replay", "."], 2, "give a run folder"),
     "unknown list": (["list", "invariant"], 2, "did you mean 'invariants'?"),

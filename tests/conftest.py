@@ -35,9 +35,7 @@ if sys.dont_write_bytecode:
     for folder in Path(sys.pycache_prefix + tempfile.gettempdir()).glob("pytest-of-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
-QUICK_COMPILE = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class FilesTogether(xdist.scheduler.LoadFileScheduling):

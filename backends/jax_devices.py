@@ -7,8 +7,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,19 +39,31 @@ def one_thread() -> Generator[None]:
     """While this is entered, a CPU client that JAX makes gets one thread and runs steps in the caller's.
 
     At the size of a decode step, handing work to a pool costs more CPU time than it saves. The size of the pool is that
-    of the process's CPU affinity when the client is made; the affinity is put back at the end. A client that is there
-    already stays as it is.
+    of the process's CPU affinity when the client is made; the affinity is put back at the end, that of the client's own
+    threads too: they compile, and would do so on one CPU, the same for each process. A client that is there already
+    stays as it is.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
-    before = os.sched_getaffinity(0)
+    before, older = os.sched_getaffinity(0), _threads()
     os.sched_setaffinity(0, {min(before)})
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
+        for thread in _threads() - older:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, before)
+
+
+def _threads() -> set[int]:
+    """The threads of this process, where the system tells."""
+    try:
+        return {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
+    except OSError:
+        return set()
 
 
 def make_mesh(

@@ -58,13 +58,24 @@ DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
     },
     {
         "core": {"batch_size": 4, "prefill_chunk": 6},
-        "cache": {"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
+        "cache": {
+            **{"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
+            **{"layout": "pages_first"},
+        },
         "backend": {"road": "rows"},
         "model": _READER,
     },
     {
         "core": {"batch_size": 2, "prefill_chunk": 4},
         "cache": {"page_size": 2, "num_pages": 9, "max_sequence_length": 12, "dtype": "float32", **_HEADS},
+        "model": {"kind": "echo"},
+    },
+    {
+        "core": {"batch_size": 3, "prefill_chunk": 4},
+        "cache": {
+            **{"page_size": 2, "num_pages": 9, "max_sequence_length": 14, "dtype": "float32", "layout": "pages_first"},
+            **{"layers": 1, "kv_heads": 2, "head_dim": 8},
+        },
         "model": {"kind": "echo"},
     },
 )

@@ -1,6 +1,8 @@
 """What each backend promises beside agreeing: rules, errors, and no compiling once warm."""
 
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -276,3 +278,10 @@ def test_the_echo_model_reads_nothing():
         backend.poison(ints(7), "big")
         outcome = backend.execute(*one_row(3, 1, [7], step=1)).result()
         assert outcome.token[0] == token(np.array([99], np.uint32), np.array([4]), 100)[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not name a process's threads")
+def test_the_one_thread_of_a_small_cpu_client_leaves_every_thread_all_cpus():
+    opened(JaxBackend(), cache_spec()).close()
+    allowed = {frozenset(os.sched_getaffinity(int(thread.name))) for thread in Path("/proc/self/task").iterdir()}
+    assert allowed == {frozenset(os.sched_getaffinity(0))}

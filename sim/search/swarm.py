@@ -58,10 +58,7 @@ DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
     },
     {
         "core": {"batch_size": 4, "prefill_chunk": 6},
-        "cache": {
-            **{"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
-            **{"layout": "pages_first"},
-        },
+        "cache": {"page_size": 4, "num_pages": 16, "max_sequence_length": 38, "dtype": "bfloat16", **_HEADS},
         "backend": {"road": "rows"},
         "model": _READER,
     },

@@ -22,6 +22,7 @@ from paged_attention.plan import CoreSnapshot, Effect, StepPlan
 from sim.clock import Moment, Order
 from sim.cores.checked import CoreFormError, raised
 from sim.cores.protocol import ServingCore
+from sim.device_reads import DeviceReads
 from sim.disturbances import Disturber
 from sim.hang import HangError, HangWatch
 from sim.observer import listeners
@@ -56,7 +57,7 @@ class Engine:
         self._faults = parts.faults
         self._recorder = parts.recorder
         self._auditor = parts.auditor
-        self._audited_device = parts.backend if audit_device else None
+        self._audited_device = DeviceReads(parts.backend, lambda: self._num_plans) if audit_device else None
         self._fatal = parts.auditor.violations if parts.auditor is not None and stop_at_first else ()
         """Violations that end the run."""
         self._on_submitted = listeners(parts.observers, "submitted")

@@ -14,6 +14,7 @@ from sim.build import build_auditor, build_core, cache_spec, open_backend
 from sim.cache_hash import cache_hash
 from sim.cost_model import cost_model, num_extrapolated
 from sim.deep import DeepResult, judge_deep
+from sim.device_reads import DeviceReads
 from sim.engine import Engine
 from sim.event_log import EventLog
 from sim.exit_codes import ExitCode
@@ -152,8 +153,9 @@ def _run(
             )
             ending = _simulate(engine, log)
             described = dict(backend.describe())
-            skipped = ending.crash is not None or ending.interrupted or interrupt.asked
-            cache_digest = None if skipped else cache_hash(backend, cache_spec(scenario))
+            cache_digest = None
+            if ending.crash is None and not ending.interrupted and not interrupt.asked:
+                cache_digest, ending = _hashed(DeviceReads(backend, lambda: engine.num_plans), scenario, ending)
         finally:
             backend.close()
         deep, ending = _look_deeper(scenario, mutant, parts, ending, interrupt, deep_progress)
@@ -215,10 +217,22 @@ def _played(engine: Engine) -> _Ending:
     except KeyboardInterrupt:
         return _Ending(engine.close(), interrupted=True)
     except PartError as error:
-        return _Ending(engine.close(), crash=str(error), crash_id=error.id, crash_cause=error.cause)
+        return _crashed(_Ending(engine.close()), error)
     except TraceError as error:
         return _Ending(engine.close(), error=error)
     return _Ending(engine.close())
+
+
+def _crashed(ending: _Ending, error: PartError) -> _Ending:
+    return replace(ending, crash=str(error), crash_id=error.id, crash_cause=error.cause)
+
+
+def _hashed(device: DeviceReads, scenario: Scenario, ending: _Ending) -> tuple[str | None, _Ending]:
+    """See `cache_hash`; a cache that cannot be read is a crash of its backend."""
+    try:
+        return cache_hash(device, cache_spec(scenario)), ending
+    except PartError as error:
+        return None, _crashed(ending, error)
 
 
 def _look_deeper(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sim.exit_codes import ExitCode
@@ -22,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> int:
     # Even the command line's own imports take long enough for a Ctrl-C: they are inside the try.
     try:
-        _app()(args=arguments, prog_name="kvproof")
+        with _term_as_ctrl_c():
+            _app()(args=arguments, prog_name="kvproof")
     except SystemExit as end:
         if _of_interrupt(end):
             _say("interrupted")
@@ -72,6 +77,24 @@ def _app() -> typer.Typer:
     for group in groups:
         group.register(app)
     return app
+
+
+@contextmanager
+def _term_as_ctrl_c() -> Generator[None]:
+    """A SIGTERM (of `timeout`, of a batch system) is a Ctrl-C while this is open, unless somebody handles either."""
+    usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    if usual != (signal.SIG_DFL, signal.default_int_handler) or not _in_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _of_interrupt(end: SystemExit) -> bool:

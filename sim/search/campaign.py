@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -18,6 +16,8 @@ from sim.host_devices import compile_quickly
 from sim.mutants import MUTANTS, Mutant, find_mutant, planted
 from sim.replay import load_recorded, replay
 from sim.search.fuzz import FuzzOptions, fuzz
+from sim.selftest.drivers import scenario_of
+from sim.workers import workers
 
 CONTRACT: Final = "contract:"
 MOST_REQUESTS: Final = 4
@@ -59,14 +59,23 @@ class Hunt:
 
 
 def can_be_shown(mutant: Mutant) -> bool:
-    """Whether one run of the simulator can show the bug: no contract of the API, no comparison of runs, no variant."""
+    """Whether one run that the search draws can show the bug: no contract of the API, comparison of runs or variant."""
     return (
         mutant.applicable
         and not mutant.benign
         and mutant.where != "deep"
         and not mutant.driver.startswith(CONTRACT)
         and mutant.caught_by != ("contract",)
+        and _is_drawn(mutant.driver)
     )
+
+
+def _is_drawn(driver: str) -> bool:
+    """Whether the search draws scenarios like this one: never with several devices or somebody else's writer."""
+    if not driver:
+        return True
+    backend = scenario_of(driver).backend
+    return not backend.mesh and backend.writer is None
 
 
 def backend_of(mutant: Mutant) -> str:
@@ -116,7 +125,7 @@ def campaign(
     known = [mutant for mutant in MUTANTS.values() if can_be_shown(mutant)]
     wanted = tuple(names) or tuple(mutant.id for mutant in known if not host_only or mutant.where == "host")
     # Spawned workers even for one job: a cold start is part of what is measured, and a broken core may leave traces.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=compile_quickly) as pool:
+    with workers(jobs, compile_quickly) as pool:
         running = [pool.submit(hunt, name, seed, seconds=seconds) for name in wanted for seed in seeds]
         try:
             for one in running:

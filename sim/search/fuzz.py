@@ -12,10 +12,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -30,6 +29,7 @@ from sim.search.probe import Finding, probe
 from sim.search.shrink import Shrunk, shrink
 from sim.search.swarm import draw
 from sim.sometimes import SOMETIMES
+from sim.workers import workers
 
 CANARY_WITHIN: Final = 50
 """Scenarios in which the canary must be found."""
@@ -208,8 +208,7 @@ def _slices(options: FuzzOptions, result: FuzzResult, deadline: float) -> Iterat
             cursors[0], left[0] = cursors[0] + one.done * stride, _less(left[0], one.done)
             yield one
         return
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, spawn, initializer=_prepare, initargs=(options.plant,)) as pool:
+    with workers(options.jobs, _prepare, options.plant) as pool:
         running: dict[Future[Slice], int] = {}
         idle = set(range(options.jobs))
         while True:

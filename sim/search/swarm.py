@@ -73,7 +73,7 @@ DEVICE_SETUPS: Final[tuple[dict[str, dict[str, Any]], ...]] = (
             **{"page_size": 2, "num_pages": 9, "max_sequence_length": 14, "dtype": "float32", "layout": "pages_first"},
             **{"layers": 1, "kv_heads": 2, "head_dim": 8},
         },
-        "model": {"kind": "echo"},
+        "model": {"kind": "reader"},
     },
 )
 """What runs on a device: every new shape, dtype, model or road compiles anew, so there are few of them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import Any, Final
 
 from invariants.catalogue import ACTIVE
@@ -13,6 +12,7 @@ from sim.host_devices import compile_quickly
 from sim.mutants import CANARY, MUTANTS, Mutant
 from sim.selftest.fate import Fate, alarms, kill, killed_alone
 from sim.selftest.honest import Honest, honest_names, run_honest
+from sim.workers import workers
 
 CANDIDATES: Final = 6
 """Mutants that an invariant may try to be the sole killer of, the quickest first."""
@@ -89,7 +89,7 @@ def selftest(options: SelftestOptions, progress: Progress) -> Selftest:
     result.waiting = [mutant for mutant in mutants if not mutant.applicable]
     result.benign = [mutant.id for mutant in mutants if mutant.benign]
     whole = not options.only
-    with _workers(options.jobs) as pool:
+    with workers(options.jobs, compile_quickly) as pool:
         # Those that compile take longest: they go first, so that no worker is left with one at the end.
         bugs = sorted((m for m in mutants if m.applicable and not m.benign), key=lambda m: m.where == "host")
         jobs: dict[Future[Any], str] = {pool.submit(kill, mutant.id): f"mutant {mutant.id}" for mutant in bugs}
@@ -117,10 +117,6 @@ def selftest(options: SelftestOptions, progress: Progress) -> Selftest:
 def _chosen(mutant: Mutant, options: SelftestOptions) -> bool:
     named = not options.only or mutant.id in options.only
     return named and (not options.host_only or mutant.where == "host")
-
-
-def _workers(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=compile_quickly)
 
 
 def _finished(jobs: dict[Future[Any], str], progress: Progress) -> Iterable[Any]:

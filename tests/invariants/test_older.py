@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from invariants.older import OlderPlaces
+from invariants.older import STEPS_AHEAD, OlderPlaces
 from invariants.shadow import Shadow
 
 PAGE_SIZE, NUM_PAGES, WIDTH = 2, 10, 3
@@ -56,6 +56,6 @@ def test_a_page_that_is_taken_later_gets_its_turn(pages: list[list[int]]) -> Non
     for _ in range(5):
         older.next_places(slots)
     ledger.table[0, WIDTH - 1] = page = ledger.table[0, WIDTH - 1] or NUM_PAGES - 1
-    steps = NUM_PAGES * PAGE_SIZE + 2 * 64
+    steps = NUM_PAGES * PAGE_SIZE + 2 * STEPS_AHEAD
     chosen = {place for _ in range(steps) for place in older.next_places(slots).tolist()}
     assert set(range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)) <= chosen

@@ -206,13 +206,14 @@ def command(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_ctrl_c_of_the_process_saves_the_record_and_exits_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_the_record_and_exit_with_130(number: signal.Signals, tmp_path: Path) -> None:
     path, log, out = tmp_path / "long.yaml", tmp_path / "log.jsonl", tmp_path / "run"
     dump_scenario(planned_only(workload__num_requests=500_000), path)
     with command("run", path, "--no-plots", "--quiet", "--out", out, "--plan-log", log) as process:
         while process.poll() is None and not (log.exists() and log.stat().st_size):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate()
     summary = json.loads((out / "summary.json").read_text())
     assert (process.returncode, summary["verdict"]) == (130, "interrupted")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import sim.engine
 import sim.run
+from backends.numpy_oracle import NumpyBackend
 from paged_attention.engine import PagedAttentionEngine
 from sim.clock import Moment, Order
 from sim.exit_codes import ExitCode
@@ -210,6 +211,19 @@ def test_a_core_that_raises_is_a_finding_with_its_step_not_a_traceback(monkeypat
     assert report.exit_code == ExitCode.BROKE
     assert report.summary["crash"].startswith("step 0: ")
     assert "KeyError: 'no such slot'" in report.summary["crash"]
+
+
+@pytest.mark.parametrize(("audit", "method"), [(True, "verify"), (True, "evidence"), (False, "evidence")])
+def test_a_cache_that_cannot_be_read_is_a_crash_of_the_backend(
+    audit: bool, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise TypeError("shapes do not fit")
+
+    monkeypatch.setattr(NumpyBackend, method, broken)
+    report = run(planned_only(backend__kind="numpy", workload__num_requests=2), audit=audit)
+    assert (report.exit_code, report.summary["cache_hash"]) == (ExitCode.BROKE, None)
+    assert "broken() raised TypeError: shapes do not fit" in report.summary["crash"]
 
 
 @settings(max_examples=25, deadline=None)

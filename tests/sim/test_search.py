@@ -15,7 +15,7 @@ from sim.cli import main
 from sim.mutants import MUTANTS
 from sim.scenario import Scenario, load_scenario
 from sim.search.bold import bold_moves, operations_of, requests_of
-from sim.search.campaign import MOST_REQUESTS, NEEDS, hunt
+from sim.search.campaign import MOST_REQUESTS, NEEDS, can_be_shown, hunt
 from sim.search.concrete import concrete
 from sim.search.failure import as_regression, failure_text
 from sim.search.fuzz import FuzzOptions, fuzz, work
@@ -310,6 +310,12 @@ def test_nobody_complains_about_legal_variants_in_what_the_search_draws() -> Non
     found = [probe(planted(draw(11, number), variants[number % len(variants)].id)) for number in range(34)]
     assert [(finding.id, finding.message) for finding in found if finding.id] == []
     assert len(variants) > 10
+
+
+def test_bugs_are_hunted_that_the_search_can_draw() -> None:
+    hunted = {name for name, mutant in MUTANTS.items() if can_be_shown(mutant)}
+    assert {"MP04", "MI01", "MK01", "ML06", "KK26"} <= hunted
+    assert hunted.isdisjoint({"KK27", "MW01", "MD13", "benign-lifo"})
 
 
 def test_ten_requests_show_no_difference_between_the_order_of_numbers_and_of_their_texts() -> None:

@@ -35,8 +35,6 @@ if sys.dont_write_bytecode:
     for folder in Path(sys.pycache_prefix + tempfile.gettempdir()).glob("pytest-of-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 
 class FilesTogether(xdist.scheduler.LoadFileScheduling):
     """Each file's tests go to one worker, those of tests/backends to the same: they share compiled programs."""
@@ -58,7 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["KVPROOF_TEST_PLATFORM"] = platform
     if platform == "cpu":
         # Tests compile many small programs and run each a few times: compiling is what costs.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
+        from sim.host_devices import compile_quickly
+
+        compile_quickly()
         return
     # Several processes of the suite share the device, which JAX would take whole.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

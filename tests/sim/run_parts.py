@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from sim.run import Report, run
 from sim.scenario import Scenario
+from tests.sim.page_parts import ROOT
 from tests.sim.scenario_parts import small
 
 
@@ -25,6 +29,18 @@ def logged(scenario: Scenario, **options: Any) -> tuple[Report, list[dict[str, A
         path = Path(folder) / "log.jsonl"
         report = run(scenario, plan_log=path, **options)
         return report, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def replayed_elsewhere(path: Path, hash_seed: int = 0) -> tuple[int, dict[str, Any]]:
+    """Exit status and result of a replay in another process that hashes text with this seed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sim.cli", "replay", str(path), "--json"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(hash_seed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, json.loads(done.stdout)
 
 
 @st.composite

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +24,7 @@ from sim.search.shrink import shrink
 from sim.search.small_world import Scope
 from sim.search.stateful import BrokenError, kvproof_stateful
 from tests.sim.page_parts import ROOT, files_and_commands
-from tests.sim.run_parts import planned_only
+from tests.sim.run_parts import planned_only, replayed_elsewhere
 
 FILES, _ = files_and_commands(ROOT / "docs" / "bring-your-own-core.md")
 BOUND = 0.2
@@ -75,18 +72,6 @@ def variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield write
     for name in names:
         sys.modules.pop(name, None)
-
-
-def replayed_elsewhere(path: Path) -> tuple[int, dict[str, Any]]:
-    """Exit status and result of a replay in another process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sim.cli", "replay", str(path), "--json"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, json.loads(done.stdout)
 
 
 @pytest.mark.slow

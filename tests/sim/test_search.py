@@ -22,7 +22,7 @@ from sim.search.fuzz import FuzzOptions, fuzz, work
 from sim.search.probe import probe
 from sim.search.shrink import NothingToShrinkError, Shrunk, shrink
 from sim.search.swarm import DEVICE_SETUPS, SETUP_FOR, Limits, draw
-from tests.sim.run_parts import planned_only
+from tests.sim.run_parts import planned_only, replayed_elsewhere
 
 
 def planted(scenario: Scenario, mutant: str | None) -> Scenario:
@@ -129,15 +129,8 @@ def test_a_failure_file_is_replayed_bit_for_bit_in_two_other_processes(shrunk: S
     path = tmp_path / "failure.yaml"
     path.write_text(failure_text(shrunk))
     for seed in (1, 2):
-        done = subprocess.run(
-            [sys.executable, "-m", "sim.cli", "replay", str(path), "--json"],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        found = json.loads(done.stdout)
-        assert (done.returncode, found["same"], found["trace_hash"]) == (0, True, shrunk.finding.trace_hash)
+        status, found = replayed_elsewhere(path, hash_seed=seed)
+        assert (status, found["same"], found["trace_hash"]) == (0, True, shrunk.finding.trace_hash)
 
 
 def test_a_failure_file_passes_as_long_as_it_breaks_like_that_and_fails_once_it_is_fixed(

@@ -188,7 +188,7 @@ def test_an_exploration_ends_at_a_call_that_hangs_and_tells_a_shortest_way_to_it
 def test_a_state_machine_finds_a_call_that_hangs(variant: Any) -> None:
     build = import_module(variant("hangs_anywhere", WAITS_FOR_ROOM).partition(":")[0]).build
     with pytest.raises(BrokenError, match=r"submit\(\) did not return within"):
-        kvproof_stateful(build, max_examples=20, steps=5, hang_seconds=BOUND)("runTest").runTest()
+        kvproof_stateful(build, max_examples=500, steps=5, hang_seconds=BOUND)("runTest").runTest()
 
 
 class Steps:

@@ -2,10 +2,9 @@
 
 The shadow knows what must lie at each place of the pool. What is compared with the device:
 
-- each checked step: every place the step wrote, and as many older tokens as there are decode rows (`OlderPlaces`); in
-  their stead, where the pages touched have at most SMALL_TOUCHED places, and every WHOLE_PAGES_EVERY-th step in any
-  case: all places of these pages; a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own
-  step, wherever it went;
+- each checked step: every place the step wrote, the rest of a chunk's last page, and as many places beside as there are
+  decode rows (`FramePlaces`); in their stead, where the pages touched have at most SMALL_TOUCHED places, all places of
+  these; a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it went;
 - each `full_every`-th step the next WINDOW_PLACES of the pool, the dummy page left out; all of it at the end, and in
   every step where `full_every` is 1.
 
@@ -21,9 +20,9 @@ from numpy.typing import NDArray
 
 from invariants.device import Device
 from invariants.findings import Findings
+from invariants.frame import FramePlaces
 from invariants.ledger import Ledger
-from invariants.older import OlderPlaces
-from invariants.records import Admission, Flight, Live
+from invariants.records import Admission, Flight, Live, Prefill
 from invariants.shadow import Shadow
 from invariants.wrong_places import Written, WrongPlaces, differing
 from paged_attention import fingerprint
@@ -33,9 +32,6 @@ SMALL_PLACES = 1024
 
 SMALL_TOUCHED = 256
 """Of a larger pool the pages that a step touched are compared whole in every step, if they have so few places."""
-
-WHOLE_PAGES_EVERY = 8
-"""Beyond that, whole touched pages are compared each n-th step."""
 
 WINDOW_PLACES = 16_384
 """Of a pool with more places, so many are compared at each full look, in turn."""
@@ -87,7 +83,7 @@ class ContentJudge:
         """The slots of the newest step: the next two are their part of the two above."""
         self.row_at: NDArray[np.intp] = NOWHERE
         self.slot_owners: NDArray[np.int64] = NOWHERE
-        self.older = OlderPlaces(ledger, self.shadow)
+        self.frame = FramePlaces(ledger)
         self.compared = self.held = self.framed = self.unique = 0
 
     def open(self, device: Device) -> bool:
@@ -115,26 +111,34 @@ class ContentJudge:
     def dispatched(self, flight: Flight, device: Device, *, check: bool) -> None:
         """Follow a step's writes, and (`check`) compare the device with the shadow."""
         is_small = self.num_pages * self.ledger.page_size <= SMALL_PLACES
-        is_turn = is_small or self.findings.step % WHOLE_PAGES_EVERY == 0
         written = self._follow(flight)
         places = written.places
         if not check:
             return
         if is_small:
             self._verify_pages(self._allocatable(), device, written)
-        elif is_turn or len(places) * self.ledger.page_size <= SMALL_TOUCHED:
+        elif len(places) * self.ledger.page_size <= SMALL_TOUCHED:
             touched = np.flatnonzero(np.bincount(places // self.size, minlength=self.num_pages)).astype(np.int32)
             self._verify_pages(touched, device, written)
         else:
-            older = self.older.next_places(flight.slots)
-            both = np.concatenate((places, older))
-            self.framed += len(older)
-            self.compared += len(both)
-            self.held += len(both)
-            self._compare(both, device, written)
+            beside = [self.frame.next_places(flight.slots), *map(self._rest_of_page, flight.prefills)]
+            self._compare(np.concatenate((places, *beside)), device, written)
+
+    def _rest_of_page(self, prefill: Prefill) -> Int[ndarray, " places"]:
+        """The places behind the last one of a chunk, where its padding would go."""
+        _, _, admission, start, count = prefill
+        size = self.ledger.page_size
+        logical, used = divmod(start + count, size)
+        if not used or logical >= len(admission.pages):
+            return NOWHERE
+        return self.offsets[used:] + admission.pages[logical] * size
 
     def _compare(self, places: Int[ndarray, " places"], device: Device, written: Written | None) -> None:
-        wrong = differing(self.ledger, self.shadow, places, device)
+        ids = self.shadow.ids.take(places)
+        self.compared += len(places)
+        self.held += int(np.count_nonzero(ids))
+        self.framed += len(places) - (len(written.places) if written is not None else 0)
+        wrong = differing(self.ledger, self.shadow, places, ids, device)
         if wrong and self.report is not None:
             self.report.judge(wrong, device, written)
 
@@ -214,12 +218,7 @@ class ContentJudge:
 
     def _verify_pages(self, pages: Int32[ndarray, " pages"], device: Device, written: Written | None) -> None:
         """Compare every place of some pages."""
-        places = (pages[:, None] * self.size + self.offsets).reshape(-1)
-        held = int(np.count_nonzero(self.shadow.ids.take(places)))
-        self.compared += len(places)
-        self.held += held
-        self.framed += len(places) - (len(written.places) if written is not None else 0)
-        self._compare(places, device, written)
+        self._compare((pages[:, None] * self.size + self.offsets).reshape(-1), device, written)
 
     def full_look(self, device: Device) -> None:
         """Compare the next pages in turn; in a small pool, all of them."""

@@ -80,13 +80,16 @@ class Live:
         return self.sampled_admission == self.admissions
 
 
+Prefill = tuple[int, Live, Admission, int, int]
+"""(row, request, admission, start, count) of a prefill row."""
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
     """A step that was planned and is not yet applied or abandoned, as the ledger saw it."""
 
     plan: StepPlan
-    prefills: list[tuple[int, Live, Admission, int, int]]
-    """(row, request, admission, start, count) of each prefill row."""
+    prefills: list[Prefill]
     first: int
     """Row of the first decode."""
     slots: Int[np.ndarray, " decodes"]

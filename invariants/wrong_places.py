@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 from numpy import ndarray
 
 from invariants.codec import codec_fault
@@ -26,13 +26,18 @@ class Written(NamedTuple):
 
 
 def differing(
-    ledger: Ledger, shadow: Shadow, places: Int[ndarray, " places"], device: Device, limit: int = 8
+    ledger: Ledger,
+    shadow: Shadow,
+    places: Int[ndarray, " places"],
+    ids: UInt32[ndarray, " places"],
+    device: Device,
+    limit: int = 8,
 ) -> tuple[WrongPlace, ...]:
-    """The first places that hold other words than the shadow says: fingerprints, or what the oracle wrote."""
+    """The first places that hold other words than the shadow says: those of their ids, or what the oracle wrote."""
     size = np.array(ledger.page_size, np.int32)
     pages, offsets = places // size, places % size
     if ledger.oracle is None:
-        return device.verify(pages, offsets, shadow.ids.take(places), limit)
+        return device.verify(pages, offsets, ids, limit)
     return device.verify_words(pages, offsets, ledger.oracle.words(shadow.entries(places)), limit)
 
 
@@ -143,7 +148,8 @@ class WrongPlaces:
         if decoder.layers < 2 or "K9" not in self.findings.on:
             return
         limit = decoder.layers * 2 * decoder.heads
-        every = differing(self.ledger, self.shadow, self._at(place).astype(np.int32), device, limit)
+        at = self._at(place).astype(np.int32)
+        every = differing(self.ledger, self.shadow, at, self.shadow.ids.take(at), device, limit)
         bad = sorted({w.layer for w in every})
         if len(bad) < decoder.layers and self._missed(place, bad, before, device):
             self.findings.breach(

@@ -14,7 +14,7 @@ One `verify` call a step. Pages of rows that are dead on the device (their EOS c
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, UInt32
+from jaxtyping import Bool, Int, Int32
 from numpy import maximum, minimum, ndarray
 from numpy.typing import NDArray
 
@@ -23,17 +23,20 @@ from invariants.findings import Findings
 from invariants.frame import FramePlaces
 from invariants.ledger import Ledger
 from invariants.records import Admission, Flight, Live, Prefill
-from invariants.shadow import Shadow
+from invariants.shadow import Cells, Shadow, ids_of, tokens_of
 from invariants.wrong_places import Written, WrongPlaces, differing
 from paged_attention import fingerprint
 
 SMALL_PLACES = 1024
 """Up to here all places of the touched pages (or of the pool) are compared in every step: a few kilobytes of ids."""
 
-SMALL_TOUCHED = 256
+SMALL_TOUCHED = 128
 """Of a larger pool the pages that a step touched are compared whole in every step, if they have so few places."""
 
-WINDOW_PLACES = 16_384
+BASES = 64
+"""Requests whose identities are computed together."""
+
+WINDOW_PLACES = 8_192
 """Of a pool with more places, so many are compared at each full look, in turn."""
 
 FAMILY = ("K1", "K2", "K3", "K7", "K9")
@@ -50,6 +53,8 @@ class ContentJudge:
         self.on = findings.any_on(FAMILY)
         policy = ledger.policy
         self.num_pages = policy.num_pages if self.on else 1
+        self.is_small = self.num_pages * ledger.page_size <= SMALL_PLACES
+        """The whole pool is compared in every step."""
         self.shadow = Shadow(self.num_pages, ledger.page_size)
         self.size = np.array(ledger.page_size, np.int32)
         """Without axes: NumPy converts a Python integer anew at each use, which costs more than the division."""
@@ -66,24 +71,25 @@ class ContentJudge:
             np.full(slots, -1, np.int32),
             np.zeros(slots, np.int32),
         )
-        """Requests and admissions whose tokens those in `slot_ids` are."""
+        """Requests and admissions whose tokens those in `slot_tokens` are."""
         width = ledger.tokens.shape[1]
-        self.ids_before: NDArray[np.uint32] = np.zeros(slots * width + 1, np.uint32)
-        """The kv_id of each position of whoever sits in a slot, one further on: a row that yields the token at some
+        # Lazily backed by the system: only slots that are used cost memory.
+        self.tokens_before: Cells = np.zeros(slots * width + 1, np.complex128)
+        """The token at each position of whoever sits in a slot, one further on: a row that yields the one at some
         place of the ledger's flat tokens writes the K and V of the one before."""
-        self.slot_ids: NDArray[np.uint32] = self.ids_before[1:].reshape(slots, width)
+        self.slot_tokens: NDArray[np.complex128] = self.tokens_before[1:].reshape(slots, width)
         """The same, by slot and position."""
         self.any_ends = False
         """An EOS may end somebody who sits in a slot."""
         self.every_row: NDArray[np.intp] = np.arange(slots) * ledger.table.shape[1]
         """Where in the ledger's flat table the pages of each slot begin."""
-        self.owners: NDArray[np.int64] = np.zeros(slots, np.int64)
-        """Who sits in each slot, as a number of the shadow."""
         self.slots: NDArray[np.intp] = NOWHERE
-        """The slots of the newest step: the next two are their part of the two above."""
+        """The slots of the newest step, and where in the flat table their pages begin."""
         self.row_at: NDArray[np.intp] = NOWHERE
-        self.slot_owners: NDArray[np.int64] = NOWHERE
         self.frame = FramePlaces(ledger)
+        self.bases: NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self.bases_of = -1, 0
+        """The first request and the admission's number that `bases` begins with."""
         self.compared = self.held = self.framed = self.unique = 0
 
     def open(self, device: Device) -> bool:
@@ -110,12 +116,11 @@ class ContentJudge:
 
     def dispatched(self, flight: Flight, device: Device, *, check: bool) -> None:
         """Follow a step's writes, and (`check`) compare the device with the shadow."""
-        is_small = self.num_pages * self.ledger.page_size <= SMALL_PLACES
         written = self._follow(flight)
         places = written.places
         if not check:
             return
-        if is_small:
+        if self.is_small:
             self._verify_pages(self._allocatable(), device, written)
         elif len(places) * self.ledger.page_size <= SMALL_TOUCHED:
             touched = np.flatnonzero(np.bincount(places // self.size, minlength=self.num_pages)).astype(np.int32)
@@ -134,11 +139,11 @@ class ContentJudge:
         return self.offsets[used:] + admission.pages[logical] * size
 
     def _compare(self, places: Int[ndarray, " places"], device: Device, written: Written | None) -> None:
-        ids = self.shadow.ids.take(places)
+        said = self.shadow.at(places)
         self.compared += len(places)
-        self.held += int(np.count_nonzero(ids))
+        self.held += int(np.count_nonzero(ids_of(said)))
         self.framed += len(places) - (len(written.places) if written is not None else 0)
-        wrong = differing(self.ledger, self.shadow, places, ids, device)
+        wrong = differing(self.ledger, places, said, device)
         if wrong and self.report is not None:
             self.report.judge(wrong, device, written)
 
@@ -151,21 +156,21 @@ class ContentJudge:
             alive = ~dead_rows(ledger.eos.take(slots), start)
             slots, start, at = slots[alive], start[alive], at[alive]
         if slots is not self.slots:
-            self.slots, self.row_at, self.slot_owners = slots, self.every_row.take(slots), self.owners.take(slots)
+            self.slots, self.row_at = slots, self.every_row.take(slots)
         logical, offset = np.divmod(start, self.size)
         # A position beyond its table is a finding of the row's judge.
         places = ledger.flat_table.take(self.row_at + logical, mode="clip") * self.size + offset
-        ids, tokens = self.ids_before.take(at), self.slot_owners + start
+        tokens = self.tokens_before.take(at)
         # So is one without a page: its place is the dummy page's. The ufunc itself: `min` costs three times as much.
         if len(places) and minimum.reduce(places) < self.size:
             keep = places >= self.size
-            places, ids, tokens = places[keep], ids[keep], tokens[keep]
+            places, tokens = places[keep], tokens[keep]
         if flight.prefills:
             parts = [self._prefill(live, admission, at, n) for _, live, admission, at, n in flight.prefills]
-            places, ids, tokens = map(np.concatenate, zip(*parts, (places, ids, tokens), strict=True))
-        written = Written(places, self.shadow.columns(places))
-        self.shadow.write(places, ids, tokens)
-        self._judge_unique(places, ids)
+            places, tokens = map(np.concatenate, zip(*parts, (places, tokens), strict=True))
+        written = Written(places, self.shadow.at(places))
+        self.shadow.write(places, tokens)
+        self._judge_unique(places, tokens)
         return written
 
     def _seat(self) -> None:
@@ -176,36 +181,40 @@ class ContentJudge:
         for slot in np.flatnonzero((request != ledger.request) | (admission != ledger.admission)).tolist():
             live = ledger.occupant[slot]
             if live is not None and live.admission is not None:
-                ids = self._ids_of(live, live.admission)
-                self.slot_ids[slot, : len(ids)] = ids
+                tokens = self._tokens_of(live, live.admission)
+                self.slot_tokens[slot, : len(tokens)] = tokens
                 request[slot], admission[slot] = live.id, live.admission.number
-                self.owners[slot] = self.shadow.owner(live.id, live.admission.number)
         self.slots = NOWHERE
 
-    def _ids_of(self, live: Live, admission: Admission) -> UInt32[ndarray, " positions"]:
-        """The kv_id of every position that the admission can get to."""
-        ids = admission.kv_ids
-        if ids is None:
-            base = fingerprint.kv_base([live.id], [admission.number])
-            ids = admission.kv_ids = fingerprint.kv_id(base, np.arange(live.last + 1, dtype=np.uint32))
-        return ids
+    def _tokens_of(self, live: Live, admission: Admission) -> Cells:
+        """The token at every position that the admission can get to."""
+        if admission.tokens is None:
+            base = self._base_of(live.id, admission.number)
+            ids = fingerprint.kv_id(base, np.arange(live.last + 1, dtype=np.uint32))
+            admission.tokens = tokens_of(live.id, admission.number, ids)
+        return admission.tokens
 
-    def _prefill(
-        self, live: Live, admission: Admission, start: int, count: int
-    ) -> tuple[Int[ndarray, " n"], UInt32[ndarray, " n"], Int64[ndarray, " n"]]:
-        """Places, ids and tokens of a prefill row, as far as there are pages for them."""
+    def _base_of(self, request: int, number: int) -> np.uint32:
+        """What `fingerprint.kv_base` says of an admission; of its neighbours too, for one number costs what many do."""
+        first = request - request % BASES
+        if (first, number) != self.bases_of:
+            self.bases_of = first, number
+            self.bases = fingerprint.kv_base(np.arange(first, first + BASES), np.full(BASES, number))
+        return self.bases[request - first]
+
+    def _prefill(self, live: Live, admission: Admission, start: int, count: int) -> tuple[Int[ndarray, " n"], Cells]:
+        """Places and tokens of a prefill row, as far as there are pages for them."""
         size = self.ledger.page_size
         end = min(start + count, len(admission.pages) * size)
         pages = np.array(admission.pages[start // size : -(-end // size)], np.int32)
         skipped = start % size
         places = (pages[:, None] * self.size + self.offsets).reshape(-1)[skipped : skipped + end - start]
-        owner = self.shadow.owner(live.id, admission.number)
-        return places, self._ids_of(live, admission)[start:end], np.arange(owner + start, owner + end)
+        return places, self._tokens_of(live, admission)[start:end]
 
-    def _judge_unique(self, places: Int[ndarray, " places"], ids: UInt32[ndarray, " places"]) -> None:
+    def _judge_unique(self, places: Int[ndarray, " places"], tokens: Cells) -> None:
         """K3: of two tokens written to one place only the later lies there."""
         self.unique += len(places)
-        if self.shadow.ids.take(places).tobytes() != ids.tobytes():
+        if self.shadow.at(places).tobytes() != tokens.tobytes():
             each: list[int] = places.tolist()
             page, offset = divmod(max(each, key=each.count), self.ledger.page_size)
             self.findings.breach(

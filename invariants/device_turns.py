@@ -15,8 +15,9 @@ from invariants.step_inputs import InputJudge
 from invariants.tables import TableJudge
 
 ROWS_EVERY = 16
-"""A few rows of the device batch are compared at most once in so many steps, and at least once in twice as many: where
-a row was changed, if there is one."""
+LARGE_ROWS_EVERY = 64
+"""A few rows of the device batch are compared at most once in so many steps (the second: beside a pool that is not
+small), and at least once in twice as many: where a row was changed, if there is one."""
 
 ROWS = 4
 
@@ -36,8 +37,9 @@ class DeviceJudge:
         self.full_every, self.every = full_every, every
         self.rows_on = findings.any_on(("T1", "T2", "T5", "T6"))
         self.on = self.contents.on or self.inputs.on or self.buffers.on or self.rows_on
+        self.rows_every = ROWS_EVERY if self.contents.is_small else LARGE_ROWS_EVERY
         self.turn = 0
-        self.looked = -ROWS_EVERY
+        self.looked = -self.rows_every
 
     def dispatched(self, flight: Flight, device: Device) -> None:
         """Judge what lies on the device after a step, before any later one is dispatched."""
@@ -53,7 +55,7 @@ class DeviceJudge:
             elif full:
                 self.contents.full_look(device)
         waited = turn - self.looked
-        if full or waited >= 2 * ROWS_EVERY or (waited >= ROWS_EVERY and self.life.changed):
+        if full or waited >= 2 * self.rows_every or (waited >= self.rows_every and self.life.changed):
             self.looked = turn
             self._look(flight, device, full=full)
         self.life.changed.clear()
@@ -68,7 +70,7 @@ class DeviceJudge:
         if self.rows_on or self.inputs.on:
             batch = len(self.ledger.occupant)
             some = min(ROWS, batch)
-            first = self.turn // ROWS_EVERY * some
+            first = self.turn // self.rows_every * some
             slots = (
                 set(range(batch)) if full else {*sorted(changed)[:some], *((first + i) % batch for i in range(some))}
             )

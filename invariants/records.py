@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt32
+from jaxtyping import Int, Int32
 from numpy.typing import NDArray
 
+from invariants.shadow import Cells
 from paged_attention.plan import Request, StepOutcome, StepPlan
 
 State = Literal["waiting", "prefill", "joining", "running", "draining", "gone"]
@@ -29,8 +30,8 @@ class Admission:
     high: int = 0
     """The furthest end that was ever planned and then abandoned: pages up to there may stay."""
     released: bool = False
-    kv_ids: UInt32[np.ndarray, " positions"] | None = None
-    """The identity of its K and V at each position, once it was asked for."""
+    tokens: Cells | None = None
+    """What its tokens are at each position, once it was asked for."""
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt32
+from jaxtyping import Int
 from numpy import ndarray
 
 from invariants.codec import codec_fault
@@ -13,7 +13,7 @@ from invariants.device import Device
 from invariants.findings import Findings
 from invariants.ledger import Ledger
 from invariants.owners import Decoder, OracleDecoder
-from invariants.shadow import PLACE, Columns, Places, Shadow
+from invariants.shadow import PLACE, Cells, Places, Shadow, as_places, ids_of
 from paged_attention import fingerprint
 from paged_attention.plan import Evidence, WrongPlace
 
@@ -22,23 +22,19 @@ class Written(NamedTuple):
     """The places of one step's writes, and what the shadow said of them before."""
 
     places: Int[ndarray, " places"]
-    before: Columns
+    before: Cells
 
 
 def differing(
-    ledger: Ledger,
-    shadow: Shadow,
-    places: Int[ndarray, " places"],
-    ids: UInt32[ndarray, " places"],
-    device: Device,
-    limit: int = 8,
+    ledger: Ledger, places: Int[ndarray, " places"], said: Cells, device: Device, limit: int = 8
 ) -> tuple[WrongPlace, ...]:
-    """The first places that hold other words than the shadow says: those of their ids, or what the oracle wrote."""
+    """The first places that hold other words than those of the tokens said to lie there: fingerprints, or what the
+    oracle wrote."""
     size = np.array(ledger.page_size, np.int32)
     pages, offsets = places // size, places % size
     if ledger.oracle is None:
-        return device.verify(pages, offsets, ids, limit)
-    return device.verify_words(pages, offsets, ledger.oracle.words(shadow.entries(places)), limit)
+        return device.verify(pages, offsets, ids_of(said), limit)
+    return device.verify_words(pages, offsets, ledger.oracle.words(as_places(said)), limit)
 
 
 class WrongPlaces:
@@ -83,7 +79,7 @@ class WrongPlaces:
         at = np.flatnonzero(written.places == self._at(place))
         if not len(at):
             return None
-        before: np.void = self.shadow.as_places(written.before)[int(at[0])]
+        before: np.void = as_places(written.before)[int(at[0])]
         return before
 
     def _round_trip(self, place: WrongPlace, said: np.void) -> None:
@@ -149,7 +145,7 @@ class WrongPlaces:
             return
         limit = decoder.layers * 2 * decoder.heads
         at = self._at(place).astype(np.int32)
-        every = differing(self.ledger, self.shadow, at, self.shadow.ids.take(at), device, limit)
+        every = differing(self.ledger, at, self.shadow.at(at), device, limit)
         bad = sorted({w.layer for w in every})
         if len(bad) < decoder.layers and self._missed(place, bad, before, device):
             self.findings.breach(

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -29,13 +30,18 @@ TARGETS: Final[dict[str, float | None]] = {
     "jax_cpu_rows": 10.0,
     "jax_cpu": 13.0,
     "jax_cpu_reader": None,
-    "device_checks": 10.0,
 }
 """In spins. jax_cpu goes through build_input (both halves), jax_cpu_rows from the neutral rows of the plan; both write
-and have the placement checked in every step. jax_cpu_reader also reads every live token in every step: no target.
-device_checks is jax_cpu_rows beside itself with the device left alone."""
+and have the placement checked in every step. jax_cpu_reader also reads every live token in every step: no target."""
+DEVICE_CHECKS: Final = "device_checks"
+"""The case that tells what looking at the device adds to jax_cpu_rows."""
+CASES: Final = (*TARGETS, DEVICE_CHECKS)
 MAX_CHECKS_SHARE: Final = 0.4
-"""What checking the device may cost, as a part of the same run without these checks."""
+"""What it may add, as a part of the same run with the device left alone."""
+CHECKS_REQUESTS: Final = 1000
+CHECKS_PAIRS: Final = 4
+"""Pairs of such runs for each of `repeats`."""
+CHECKS: Final[tuple[Audit, Audit]] = (True, "host")
 
 
 def spin() -> float:
@@ -55,11 +61,12 @@ def _spin_once() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The best of several runs of one case."""
+    """A run of one case."""
 
     report: Report
     cpu_seconds: float
-    spin_seconds: float
+    spin_seconds: float = 1.0
+    """Mean of the spins directly before and after it."""
     compile_seconds: float = 0.0
     """CPU seconds that the first run took beyond this one: compiling, or reading programs from JAX's cache on disk."""
 
@@ -68,21 +75,26 @@ class Measured:
         """CPU time in spins."""
         return self.cpu_seconds / self.spin_seconds
 
+    @property
+    def us_per_step(self) -> float:
+        """CPU time in microseconds for each step."""
+        return self.cpu_seconds / self.report.recorder.steps * 1e6
 
-def workload() -> Workload:
-    """4,000 requests, 3 per second: lognormal prompts of about 512 and outputs of about 128 tokens, from seed 0."""
+
+def workload(num_requests: int = NUM_REQUESTS) -> Workload:
+    """`num_requests`, 3 per second: lognormal prompts of about 512 and outputs of about 128 tokens, from seed 0."""
     random = np.random.default_rng(0)
-    seconds = np.cumsum(random.exponential(1 / 3, NUM_REQUESTS))
-    prompts = _lengths(random, 512, 16, 2048)
-    outputs = _lengths(random, 128, 4, 1024)
+    seconds = np.cumsum(random.exponential(1 / 3, num_requests))
+    prompts = _lengths(random, 512, 16, 2048, num_requests)
+    outputs = _lengths(random, 128, 4, 1024, num_requests)
     times = np.rint(seconds * 1e9).astype(np.int64)
     rows = zip(times.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
     arrivals = (Arrival(time_ns, request, prompt, output) for request, (time_ns, prompt, output) in enumerate(rows))
-    return Workload(arrivals, total=NUM_REQUESTS)
+    return Workload(arrivals, total=num_requests)
 
 
-def _lengths(random: np.random.Generator, mean: int, low: int, high: int) -> Int64[np.ndarray, " requests"]:
-    drawn = random.lognormal(np.log(mean) - 0.18, 0.6, NUM_REQUESTS)
+def _lengths(random: np.random.Generator, mean: int, low: int, high: int, count: int) -> Int64[np.ndarray, " requests"]:
+    drawn = random.lognormal(np.log(mean) - 0.18, 0.6, count)
     return np.clip(np.round(drawn), low, high).astype(np.int64)
 
 
@@ -126,43 +138,64 @@ def cases() -> dict[str, Scenario]:
         "jax_cpu": scenario(BASE_NS, "jax"),
         "jax_cpu_rows": scenario(BASE_NS, "jax", "rows"),
         "jax_cpu_reader": scenario(BASE_NS, "jax", "native", "reader"),
-        "device_checks": scenario(BASE_NS, "jax", "rows"),
     }
 
 
 def bench(names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Measure the named cases; the lowest of `repeats` ratios each. With JAX one more run, before them, compiles."""
+    """Measure the named cases; of each the lowest of `repeats` ratios, of DEVICE_CHECKS the median over its pairs.
+
+    With JAX one more run, before them, compiles.
+    """
     found: dict[str, Any] = {"spin_seconds": spin()}
     for name in names:
-        audits: list[Audit] = [True, "host"] if name == "device_checks" else [True]
-        best, *alone = _measure(cases()[name], audits, repeats, lambda text, name=name: tell(f"{name}{text}"))
-        found[name] = _figures(best, TARGETS[name])
-        for unchecked in alone:
-            found[name] |= {
-                "unchecked_spins": unchecked.spins,
-                "checks_share": best.spins / unchecked.spins - 1,
-                "max_checks_share": MAX_CHECKS_SHARE,
-            }
+        told = partial(_told, tell, name)
+        found[name] = _device_checks(repeats, told) if name == DEVICE_CHECKS else _case(name, repeats, told)
     return found
 
 
-def _measure(asked: Scenario, audits: list[Audit], repeats: int, tell: Callable[[str], None]) -> list[Measured]:
-    """The best run under each of `audits`, which take turns: a machine that slows down slows all of them."""
-    runs: dict[Audit, list[Measured]] = {audit: [] for audit in audits}
-    first_seconds = 0.0
-    if asked.backend.kind == "jax":
-        first_seconds = run_whole(asked, workload=workload(), audit=audits[0]).summary["duration_cpu_seconds"]
+def _told(tell: Callable[[str], None], name: str, text: str) -> None:
+    tell(f"{name}: {text}")
+
+
+def _case(name: str, repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    asked = cases()[name]
+    compiled = _run(asked, True, NUM_REQUESTS).cpu_seconds if asked.backend.kind == "jax" else 0.0
+    runs: list[Measured] = []
     before = spin()
     for repeat in range(repeats):
-        for audit, found in runs.items():
-            report = run_whole(asked, workload=workload(), audit=audit)
-            after = spin()
-            found.append(Measured(report, report.summary["duration_cpu_seconds"], (before + after) / 2))
-            unchecked = ", unchecked" if audit == "host" else ""
-            tell(f"{unchecked}: run {repeat + 1} of {repeats}: {found[-1].spins:.2f} spins")
-            before = after
-    best = [min(found, key=lambda measured: measured.spins) for found in runs.values()]
-    return [replace(one, compile_seconds=max(0.0, first_seconds - one.cpu_seconds)) for one in best]
+        run, after = _run(asked, True, NUM_REQUESTS), spin()
+        runs.append(replace(run, spin_seconds=(before + after) / 2))
+        tell(f"run {repeat + 1} of {repeats}: {runs[-1].spins:.2f} spins")
+        before = after
+    best = min(runs, key=lambda measured: measured.spins)
+    best = replace(best, compile_seconds=max(0.0, compiled - best.cpu_seconds))
+    return _figures(best, TARGETS[name])
+
+
+def _device_checks(repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Short runs with and without the checks in turns: each pair shares the state of the machine."""
+    asked, pairs = cases()["jax_cpu_rows"], CHECKS_PAIRS * repeats
+    for audit in CHECKS:
+        _run(asked, audit, CHECKS_REQUESTS)
+    turns: list[tuple[Measured, Measured]] = []
+    for pair in range(pairs):
+        checked, unchecked = (_run(asked, audit, CHECKS_REQUESTS) for audit in CHECKS)
+        turns.append((checked, unchecked))
+        tell(f"pair {pair + 1} of {pairs}: {checked.us_per_step:.0f} us a step, {unchecked.us_per_step:.0f} without")
+    checked, unchecked = zip(*turns, strict=True)
+    return {
+        "steps": checked[0].report.recorder.steps,
+        "us_per_step": statistics.median(run.us_per_step for run in checked),
+        "unchecked_us_per_step": statistics.median(run.us_per_step for run in unchecked),
+        "checks_share": statistics.median(c.cpu_seconds / u.cpu_seconds - 1 for c, u in turns),
+        "max_checks_share": MAX_CHECKS_SHARE,
+        "violations": sum(len(run.report.violations) for run in checked),
+    }
+
+
+def _run(asked: Scenario, audit: Audit, num_requests: int) -> Measured:
+    report = run_whole(asked, workload=workload(num_requests), audit=audit)
+    return Measured(report, report.summary["duration_cpu_seconds"])
 
 
 def _figures(best: Measured, target: float | None) -> dict[str, Any]:
@@ -178,7 +211,7 @@ def _figures(best: Measured, target: float | None) -> dict[str, Any]:
         "spin_seconds": best.spin_seconds,
         "spins": best.spins,
         "target": target,
-        "us_per_step": best.cpu_seconds / steps * 1e6,
+        "us_per_step": best.us_per_step,
         "us_per_request_step": best.cpu_seconds / decodes * 1e6,
         "violations": len(best.report.violations),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
@@ -150,30 +150,35 @@ def bench(
     """
     if what == "devices":
         return _bench_devices(only, as_json=as_json, quiet=quiet)
-    from sim.bench import TARGETS
+    from sim.bench import CASES
     from sim.bench import bench as measure
 
-    names = only or list(TARGETS)
-    if unknown := [name for name in names if name not in TARGETS]:
-        raise typer.BadParameter(f"no case '{unknown[0]}'; there are: {', '.join(TARGETS)}", param_hint="--only")
+    names = only or list(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        raise typer.BadParameter(f"no case '{unknown[0]}'; there are: {', '.join(CASES)}", param_hint="--only")
     found = measure(names, repeat, lambda text: None if quiet else typer.echo(text, err=True))
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     elif not quiet:
         for name in names:
-            row = found[name]
-            target = "no target" if row["target"] is None else f"target {row['target']:g}"
-            typer.echo(
-                f"{name}: {row['spins']:.2f} spins ({target}), {row['cpu_seconds']:.2f} s CPU, "
-                f"{row['steps']:,} steps, {row['mean_running']:.1f} running, {row['us_per_step']:.1f} us per step, "
-                f"compiling {row['compile_seconds']:.1f} s"
-            )
-            if "checks_share" in row:
-                typer.echo(
-                    f"  without a look at the device {row['unchecked_spins']:.2f} spins: the checks add "
-                    f"{row['checks_share']:.2f} of that (at most {row['max_checks_share']:g} is the target)"
-                )
+            typer.echo(f"{name}: {_checks_line(found[name]) if 'checks_share' in found[name] else _line(found[name])}")
     return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    target = "no target" if row["target"] is None else f"target {row['target']:g}"
+    return (
+        f"{row['spins']:.2f} spins ({target}), {row['cpu_seconds']:.2f} s CPU, {row['steps']:,} steps, "
+        f"{row['mean_running']:.1f} running, {row['us_per_step']:.1f} us per step, "
+        f"compiling {row['compile_seconds']:.1f} s"
+    )
+
+
+def _checks_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['us_per_step']:.0f} us per step, {row['unchecked_us_per_step']:.0f} with the device left alone: "
+        f"the checks add {row['checks_share']:.2f} of that (target {row['max_checks_share']:g})"
+    )
 
 
 def _bench_devices(only: list[str] | None, *, as_json: bool, quiet: bool) -> int:

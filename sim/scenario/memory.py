@@ -18,7 +18,7 @@ BYTES_PER_SLOT: Final = 256
 BYTES_PER_PAGE: Final = 64
 """A page in the free lists of the core and of the auditor: a Python int and the pointers to it."""
 
-BYTES_PER_PLACE: Final = 12
+BYTES_PER_PLACE: Final = 16
 """What the auditor's shadow pool keeps of one offset of a page (invariants.shadow.Shadow)."""
 
 BYTES_PER_CHUNK_TOKEN: Final = 16

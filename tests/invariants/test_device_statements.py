@@ -12,7 +12,7 @@ from invariants.findings import Findings
 from invariants.ledger import Ledger
 from invariants.owners import Decoder
 from invariants.series import BLOCK, SeriesLog
-from invariants.shadow import PLACE
+from invariants.shadow import PLACE, ids_of
 from paged_attention.fingerprint import WORD_MASK, kv_base, kv_id, salts, words
 from paged_attention.plan import DeclaredPolicy, Evidence, Request, ShardedArray, WrongPlace
 
@@ -149,5 +149,5 @@ def test_a_slot_taken_by_a_later_admission_of_its_request_holds_that_ones_words(
         admission.position = 4
         ledger.join(live, admission, 0)
         judge._seat()
-        assert judge.slot_ids[0, 4] == kv_id(kv_base([3], [number]), 4)[0]
+        assert ids_of(judge.slot_tokens[0, 4:5])[0] == kv_id(kv_base([3], [number]), 4)[0]
         ledger.leave_slot(admission)

@@ -327,7 +327,7 @@ def test_a_missing_trace_names_the_key_and_the_whole_path(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "place", "needed"),
     [
-        ("num_pages: 33", "num_pages: 2000000000", "4:23: cache.num_pages", "1162.3"),
+        ("num_pages: 33", "num_pages: 2000000000", "4:23: cache.num_pages", "1192.1"),
         ("batch_size: 4", "batch_size: 999999999", "3:8: core.batch_size", "841.9"),
         (
             "max_sequence_length: 64",
@@ -335,7 +335,7 @@ def test_a_missing_trace_names_the_key_and_the_whole_path(folder: Path) -> None:
             "4:38: cache.max_sequence_length",
             "80.0",
         ),
-        ("page_size: 4", "page_size: 2147483647", "4:9: cache.page_size", "9240.0"),
+        ("page_size: 4", "page_size: 2147483647", "4:9: cache.page_size", "9504.0"),
         ("prefill_chunk: 8", "prefill_chunk: 2000000000", "3:23: core.prefill_chunk", "29.8"),
         ("num_requests: 50", "num_requests: 2000000000", "9:3: workload.num_requests", "186.3"),
         ("kv_heads: 2", "kv_heads: 2147483647", "4:63: cache.kv_heads", "16896.0"),

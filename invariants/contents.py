@@ -72,12 +72,10 @@ class ContentJudge:
             np.zeros(slots, np.int32),
         )
         """Requests and admissions whose tokens those in `slot_tokens` are."""
-        width = ledger.tokens.shape[1]
-        # Lazily backed by the system: only slots that are used cost memory.
-        self.tokens_before: Cells = np.zeros(slots * width + 1, np.complex128)
+        self.tokens_before: Cells = np.zeros(0, np.complex128)
         """The token at each position of whoever sits in a slot, one further on: a row that yields the one at some
         place of the ledger's flat tokens writes the K and V of the one before."""
-        self.slot_tokens: NDArray[np.complex128] = self.tokens_before[1:].reshape(slots, width)
+        self.slot_tokens: NDArray[np.complex128] = np.zeros((0, 0), np.complex128)
         """The same, by slot and position."""
         self.any_ends = False
         """An EOS may end somebody who sits in a slot."""
@@ -135,7 +133,7 @@ class ContentJudge:
         size = self.ledger.page_size
         logical, used = divmod(start + count, size)
         if not used or logical >= len(admission.pages):
-            return NOWHERE
+            return self.offsets[:0]
         return self.offsets[used:] + admission.pages[logical] * size
 
     def _compare(self, places: Int[ndarray, " places"], device: Device, written: Written | None) -> None:
@@ -176,6 +174,10 @@ class ContentJudge:
     def _seat(self) -> None:
         """Take in who sits in which slot now."""
         ledger = self.ledger
+        if not len(self.slot_tokens):
+            # Lazily backed by the system: only slots that are used cost memory.
+            self.tokens_before = np.zeros(ledger.tokens.size + 1, np.complex128)
+            self.slot_tokens = self.tokens_before[1:].reshape(ledger.tokens.shape)
         self.joins, self.any_ends = ledger.joins, bool(maximum.reduce(ledger.eos, initial=-1) >= 0)
         request, admission = self.seated
         for slot in np.flatnonzero((request != ledger.request) | (admission != ledger.admission)).tolist():

@@ -19,7 +19,7 @@ BYTES_PER_PAGE: Final = 64
 """A page in the free lists of the core and of the auditor: a Python int and the pointers to it."""
 
 BYTES_PER_PLACE: Final = 16
-"""What the auditor's shadow pool keeps of one offset of a page (invariants.shadow.Shadow)."""
+"""What the auditor's shadow pool keeps of one offset of a page, and of a position of a slot (invariants.shadow)."""
 
 BYTES_PER_CHUNK_TOKEN: Final = 16
 """A prefill chunk is padded to its full length: token and position, on the host and for the device."""
@@ -51,6 +51,8 @@ def host_bytes(scenario: Scenario) -> dict[KeyPath, int]:
     pages = cache.num_pages * (cache.page_size * BYTES_PER_PLACE + BYTES_PER_PAGE)
     chunk = core.prefill_chunk * BYTES_PER_CHUNK_TOKEN
     keys = ["num_pages", "page_size"]
+    if scenario.backend.kind != "none":
+        slots += core.batch_size * cache.max_sequence_length * BYTES_PER_PLACE
     if scenario.backend.kind != "none" and scenario.backend.platform == "cpu":
         word = 1 if cache.quantize else ITEMSIZE.get(cache.dtype, 1)
         pages += 2 * cache.layers * cache.kv_heads * cache.num_pages * cache.page_size * cache.head_dim * word

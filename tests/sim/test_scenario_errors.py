@@ -328,7 +328,7 @@ def test_a_missing_trace_names_the_key_and_the_whole_path(folder: Path) -> None:
     ("old", "new", "place", "needed"),
     [
         ("num_pages: 33", "num_pages: 2000000000", "4:23: cache.num_pages", "1192.1"),
-        ("batch_size: 4", "batch_size: 999999999", "3:8: core.batch_size", "841.9"),
+        ("batch_size: 4", "batch_size: 999999999", "3:8: core.batch_size", "1795.6"),
         (
             "max_sequence_length: 64",
             "max_sequence_length: 2147483647",

@@ -333,7 +333,7 @@ def test_a_missing_trace_names_the_key_and_the_whole_path(folder: Path) -> None:
             "max_sequence_length: 64",
             "max_sequence_length: 2147483647",
             "4:38: cache.max_sequence_length",
-            "80.0",
+            "208.0",
         ),
         ("page_size: 4", "page_size: 2147483647", "4:9: cache.page_size", "9504.0"),
         ("prefill_chunk: 8", "prefill_chunk: 2000000000", "3:23: core.prefill_chunk", "29.8"),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def first_wrong(
     for at in range(0, len(pages), probe.PLACES_PER_CALL[-1]):
         part = slice(at, min(at + probe.PLACES_PER_CALL[-1], len(pages)))
         count = part.stop - at
-        width = next(size for size in probe.PLACES_PER_CALL if size >= count)
+        width = probe.PLACES_PER_CALL[bisect_left(probe.PLACES_PER_CALL, count)]
         rest = _PADDING[: width - count]
         columns = (pages[part], rest, offsets[part], rest, kv_ids[part].view(np.int32), rest)
         packed = np.concatenate(columns).reshape(3, width)

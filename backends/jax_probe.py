@@ -15,7 +15,7 @@ from backends.jax_step import PagedModel, Pools
 from backends.words import poison_scale, poison_word, scale_bits
 from paged_attention.fingerprint import WORD_MASK, words
 
-PLACES_PER_CALL = (96, 160, 320, 640, 1024, 1536, 8192)
+PLACES_PER_CALL = (96, 160, 320, 576, 640, 1024, 1536, 8192)
 """Places compared in one call, padded to the smallest of these that holds them (each compiles once)."""
 PADDING = -(2**31)
 """A place of this page, offset and identity is padding: it is compared as the first place is."""

@@ -26,12 +26,15 @@ class Written(NamedTuple):
 
 
 def differing(
-    ledger: Ledger, places: Int[ndarray, " places"], said: Cells, device: Device, limit: int = 8
+    ledger: Ledger,
+    pages: Int[ndarray, " places"],
+    offsets: Int[ndarray, " places"],
+    said: Cells,
+    device: Device,
+    limit: int = 8,
 ) -> tuple[WrongPlace, ...]:
     """The first places that hold other words than those of the tokens said to lie there: fingerprints, or what the
     oracle wrote."""
-    size = np.array(ledger.page_size, np.int32)
-    pages, offsets = places // size, places % size
     if ledger.oracle is None:
         return device.verify(pages, offsets, ids_of(said), limit)
     return device.verify_words(pages, offsets, ledger.oracle.words(as_places(said)), limit)
@@ -144,8 +147,8 @@ class WrongPlaces:
         if decoder.layers < 2 or "K9" not in self.findings.on:
             return
         limit = decoder.layers * 2 * decoder.heads
-        at = self._at(place).astype(np.int32)
-        every = differing(self.ledger, at, self.shadow.at(at), device, limit)
+        page, offset = np.array([place.page], np.int32), np.array([place.offset], np.int32)
+        every = differing(self.ledger, page, offset, self.shadow.at(self._at(place)), device, limit)
         bad = sorted({w.layer for w in every})
         if len(bad) < decoder.layers and self._missed(place, bad, before, device):
             self.findings.breach(

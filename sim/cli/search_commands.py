@@ -63,7 +63,8 @@ def fuzz(
     """Draw scenarios from a seed, run the real core through each, judge every step, and shrink what breaks.
 
     Scenario k of a seed is the same everywhere, whatever the jobs and shards. Exit status: 0 nothing broke, 1 a minimal
-    scenario was written for each statement that broke, 3 the canary survived: the verifier is broken.
+    scenario was written for each statement that broke, 3 the canary survived: the verifier is broken, 130 interrupted:
+    --resume goes on.
 
     Example: kvproof fuzz --seconds 60 --jobs 2
     """
@@ -113,6 +114,9 @@ def fuzz(
         _show_fuzz(found)
     if not result.canary_caught:
         return ExitCode.INTERNAL
+    if result.interrupted:
+        console.print(f"interrupted; `kvproof fuzz --resume {folder}` goes on", markup=False)
+        return ExitCode.INTERRUPTED
     if result.refused and result.refused == result.scenarios:
         from sim.cli.errors import UsageError
 

@@ -84,6 +84,8 @@ class FuzzResult:
 
     options: FuzzOptions
     canary_caught: bool = True
+    interrupted: bool = False
+    """A Ctrl-C ended it."""
     done: Counter[int] = field(default_factory=Counter[int])
     """Scenarios searched by each job."""
     steps: int = 0
@@ -123,6 +125,7 @@ class FuzzResult:
             "shard": "/".join(map(str, self.options.shard)),
             "scenarios": self.scenarios,
             "searched": self.searched,
+            "interrupted": self.interrupted,
             "refused": self.refused,
             "refusal": self.refusal,
             "steps": self.steps,
@@ -156,21 +159,26 @@ def canary_is_caught(seed: int) -> bool:
 
 
 def fuzz(options: FuzzOptions, out: Path, progress: Callable[[FuzzResult], None]) -> FuzzResult:
-    """Search until time or scenarios run out; minimal scenarios go to `out` as they are found."""
+    """Search until time or scenarios run out; minimal scenarios go to `out` as they are found.
+
+    A Ctrl-C ends the search with what it has shown so far; a second one raises KeyboardInterrupt.
+    """
     if options.backend == "jax":
         compile_quickly()
     result = FuzzResult(options, canary_caught=canary_is_caught(options.seed))
     if not result.canary_caught:
         return result
     with planted(find_mutant(options.plant) if options.plant else None):
-        _search(options, out, result, progress)
+        try:
+            _search(options, out, result, progress)
+        except KeyboardInterrupt:
+            result.interrupted = True
     return result
 
 
 def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Callable[[FuzzResult], None]) -> None:
     start = time.monotonic()
     for one in _slices(options, result, start + options.seconds):
-        result.done[one.job] += one.done
         result.steps += one.plans
         result.cpu_seconds += one.cpu_seconds
         result.sometimes += one.sometimes
@@ -183,6 +191,8 @@ def _search(options: FuzzOptions, out: Path, result: FuzzResult, progress: Calla
                 result.shrunk[pin] = number, shrunk
                 result.files[pin] = out / f"{pin}.yaml"
                 write_failure_file(result.files[pin], shrunk)
+        # Last: a turn whose findings a Ctrl-C keeps from being shrunk is searched again on --resume.
+        result.done[one.job] += one.done
         progress(result)
         if result.shrunk and options.stop == "first":
             return

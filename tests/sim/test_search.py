@@ -181,14 +181,19 @@ def test_the_fuzzer_writes_a_minimal_file_for_each_statement_that_breaks(tmp_pat
     assert found["violations"]
 
 
-def test_a_search_goes_on_where_it_ended_and_still_tells_what_it_found_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def search(*flags: str) -> tuple[int, dict[str, Any]]:
+@pytest.fixture
+def search(capsys: pytest.CaptureFixture[str]) -> Any:
+    """`kvproof fuzz` with some flags; its status and what it says."""
+
+    def call(*flags: str) -> tuple[int, dict[str, Any]]:
         with pytest.raises(SystemExit) as end:
             main(["fuzz", "--json", "-q", *flags])
         return int(end.value.code or 0), json.loads(capsys.readouterr().out)
 
+    return call
+
+
+def test_a_search_goes_on_where_it_ended_and_still_tells_what_it_found_before(search: Any, tmp_path: Path) -> None:
     status, first = search("--runs", "3", "--seed", "7", "--out", str(tmp_path))
     assert (status, first["searched"], first["violations"]) == (0, 3, [])
     earlier = {"id": "Q1", "file": "Q1.yaml"}
@@ -199,6 +204,34 @@ def test_a_search_goes_on_where_it_ended_and_still_tells_what_it_found_before(
     assert second["violations"] == [earlier]
     assert second["sometimes"]["two-victims"] >= 1000
     assert second == json.loads((tmp_path / "fuzz.json").read_text())
+
+
+def test_a_search_that_ctrl_c_ends_says_what_it_did_and_goes_on_from_there(
+    search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_turn(*arguments: Any, **options: Any) -> Any:
+        if turns:
+            raise KeyboardInterrupt
+        turns.append(work(*arguments, **options))
+        return turns[0]
+
+    turns: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("sim.search.fuzz.SLICE_SECONDS", 0.01)
+        patch.setattr("sim.search.fuzz.work", one_turn)
+        status, first = search("--runs", "500", "--seed", "7", "--out", str(tmp_path))
+    assert (status, first["interrupted"], first["searched"]) == (130, True, turns[0].done)
+    status, second = search("--runs", "2", "--resume", str(tmp_path))
+    assert (status, second["interrupted"], second["searched"]) == (0, False, turns[0].done + 2)
+
+
+def test_what_ctrl_c_keeps_from_being_shrunk_is_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sim.search.fuzz.shrink", interrupted)
+    result = fuzz(FuzzOptions(seed=1, runs=3, plant="MP04", seconds=1e9), tmp_path, lambda result: None)
+    assert (result.interrupted, result.searched, result.shrunk) == (True, 0, {})
 
 
 @pytest.mark.parametrize(

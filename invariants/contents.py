@@ -29,7 +29,7 @@ from invariants.wrong_places import Written, WrongPlaces, differing
 from paged_attention import fingerprint
 
 SMALL_PLACES = 1024
-"""Up to here all places of the touched pages (or of the pool) are compared in every step: a few kilobytes of ids."""
+"""A pool of so many is compared whole in every step: a few kilobytes of ids."""
 
 SMALL_TOUCHED = 128
 """Of a larger pool the pages that a step touched are compared whole in every step, if they have so few places."""

@@ -1,7 +1,8 @@
 """The benchmark: one workload, measured in spins, so that figures travel between machines.
 
 A spin is the median CPU time of five runs of a fixed loop of bytecode; a figure is CPU time of a run over the mean of
-the spins directly before and after it, and of several such ratios the lowest counts.
+the spins directly before and after it, and of several such ratios the lowest counts. DEVICE_CHECKS compares runs with
+each other, in pairs, and needs no spin.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -61,11 +61,11 @@ def _spin_once() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A run of one case."""
+    """The best of several runs of one case."""
 
     report: Report
     cpu_seconds: float
-    spin_seconds: float = 1.0
+    spin_seconds: float
     """Mean of the spins directly before and after it."""
     compile_seconds: float = 0.0
     """CPU seconds that the first run took beyond this one: compiling, or reading programs from JAX's cache on disk."""
@@ -74,11 +74,6 @@ class Measured:
     def spins(self) -> float:
         """CPU time in spins."""
         return self.cpu_seconds / self.spin_seconds
-
-    @property
-    def us_per_step(self) -> float:
-        """CPU time in microseconds for each step."""
-        return self.cpu_seconds / self.report.recorder.steps * 1e6
 
 
 def workload(num_requests: int = NUM_REQUESTS) -> Workload:
@@ -148,23 +143,22 @@ def bench(names: list[str], repeats: int, tell: Callable[[str], None]) -> dict[s
     """
     found: dict[str, Any] = {"spin_seconds": spin()}
     for name in names:
-        told = partial(_told, tell, name)
+
+        def told(text: str, name: str = name) -> None:
+            tell(f"{name}: {text}")
+
         found[name] = _device_checks(repeats, told) if name == DEVICE_CHECKS else _case(name, repeats, told)
     return found
 
 
-def _told(tell: Callable[[str], None], name: str, text: str) -> None:
-    tell(f"{name}: {text}")
-
-
 def _case(name: str, repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
     asked = cases()[name]
-    compiled = _run(asked, True, NUM_REQUESTS).cpu_seconds if asked.backend.kind == "jax" else 0.0
+    compiled = _cpu_seconds(_run(asked, True, NUM_REQUESTS)) if asked.backend.kind == "jax" else 0.0
     runs: list[Measured] = []
     before = spin()
     for repeat in range(repeats):
-        run, after = _run(asked, True, NUM_REQUESTS), spin()
-        runs.append(replace(run, spin_seconds=(before + after) / 2))
+        report, after = _run(asked, True, NUM_REQUESTS), spin()
+        runs.append(Measured(report, _cpu_seconds(report), (before + after) / 2))
         tell(f"run {repeat + 1} of {repeats}: {runs[-1].spins:.2f} spins")
         before = after
     best = min(runs, key=lambda measured: measured.spins)
@@ -177,25 +171,34 @@ def _device_checks(repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
     asked, pairs = cases()["jax_cpu_rows"], CHECKS_PAIRS * repeats
     for audit in CHECKS:
         _run(asked, audit, CHECKS_REQUESTS)
-    turns: list[tuple[Measured, Measured]] = []
+    turns: list[tuple[float, float]] = []
+    violations = steps = 0
     for pair in range(pairs):
-        checked, unchecked = (_run(asked, audit, CHECKS_REQUESTS) for audit in CHECKS)
+        reports = [_run(asked, audit, CHECKS_REQUESTS) for audit in CHECKS]
+        checked, unchecked = map(_us_per_step, reports)
         turns.append((checked, unchecked))
-        tell(f"pair {pair + 1} of {pairs}: {checked.us_per_step:.0f} us a step, {unchecked.us_per_step:.0f} without")
-    checked, unchecked = zip(*turns, strict=True)
+        violations, steps = violations + len(reports[0].violations), reports[0].recorder.steps
+        tell(f"pair {pair + 1} of {pairs}: {checked:.0f} us a step, {unchecked:.0f} without")
     return {
-        "steps": checked[0].report.recorder.steps,
-        "us_per_step": statistics.median(run.us_per_step for run in checked),
-        "unchecked_us_per_step": statistics.median(run.us_per_step for run in unchecked),
-        "checks_share": statistics.median(c.cpu_seconds / u.cpu_seconds - 1 for c, u in turns),
+        "steps": steps,
+        "us_per_step": statistics.median(checked for checked, _ in turns),
+        "unchecked_us_per_step": statistics.median(unchecked for _, unchecked in turns),
+        "checks_share": statistics.median(checked / unchecked - 1 for checked, unchecked in turns),
         "max_checks_share": MAX_CHECKS_SHARE,
-        "violations": sum(len(run.report.violations) for run in checked),
+        "violations": violations,
     }
 
 
-def _run(asked: Scenario, audit: Audit, num_requests: int) -> Measured:
-    report = run_whole(asked, workload=workload(num_requests), audit=audit)
-    return Measured(report, report.summary["duration_cpu_seconds"])
+def _run(asked: Scenario, audit: Audit, num_requests: int) -> Report:
+    return run_whole(asked, workload=workload(num_requests), audit=audit)
+
+
+def _cpu_seconds(report: Report) -> float:
+    return float(report.summary["duration_cpu_seconds"])
+
+
+def _us_per_step(report: Report) -> float:
+    return _cpu_seconds(report) / report.recorder.steps * 1e6
 
 
 def _figures(best: Measured, target: float | None) -> dict[str, Any]:
@@ -211,7 +214,7 @@ def _figures(best: Measured, target: float | None) -> dict[str, Any]:
         "spin_seconds": best.spin_seconds,
         "spins": best.spins,
         "target": target,
-        "us_per_step": best.us_per_step,
+        "us_per_step": _us_per_step(best.report),
         "us_per_request_step": best.cpu_seconds / decodes * 1e6,
         "violations": len(best.report.violations),
     }

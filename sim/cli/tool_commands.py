@@ -138,7 +138,9 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="CASE", help="A case; may be given again [all cases].")
     ] = None,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs per case; the best counts.")] = 5,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Runs per case; the best counts (device_checks: 4 pairs each).")
+    ] = 5,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:

@@ -14,8 +14,8 @@ from sim.selftest.fate import Fate, alarms, kill, killed_alone
 from sim.selftest.honest import Honest, honest_names, run_honest
 from sim.workers import workers
 
-CANDIDATES: Final = 6
-"""Mutants that an invariant may try to be the sole killer of, the quickest first."""
+CANDIDATES: Final = 12
+"""Mutants that an invariant may try to be the sole killer of, the likeliest first."""
 
 Progress = Callable[[int, int, str], None]
 """(jobs done, jobs in all, what was just done)."""
@@ -133,14 +133,12 @@ def _finished(jobs: dict[Future[Any], str], progress: Progress) -> Iterable[Any]
 
 def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress, *, host_only: bool) -> None:
     """Each invariant with all others off: does it notice at least one mutant?"""
-    quickest = sorted(result.fates, key=lambda fate: fate.seconds)
     jobs: dict[Future[Any], str] = {}
-    for fate in quickest:
+    for fate in result.fates:
         for name in fate.alone:
             result.sole_killers.setdefault(name, fate.id)
     for invariant in sorted(ACTIVE - result.sole_killers.keys()):
-        named = [fate for fate in quickest if invariant in (*fate.fired, *MUTANTS[fate.id].caught_by)]
-        pairs = tuple((fate.id, fate.driver) for fate in named)[:CANDIDATES]
+        pairs = tuple((fate.id, fate.driver) for fate in _likeliest(result.fates, invariant)[:CANDIDATES])
         if pairs:
             jobs[pool.submit(_alone, invariant, pairs)] = f"{invariant} alone"
         elif not host_only:
@@ -152,6 +150,14 @@ def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress
             result.sole_killer_missing.append(invariant)
     result.sole_killers = dict(sorted(result.sole_killers.items()))
     result.sole_killer_missing.sort()
+
+
+def _likeliest(fates: list[Fate], invariant: str) -> list[Fate]:
+    """Those in which an invariant fires or should, by what does not depend on the machine: which are tried is no luck."""
+    named = [fate for fate in fates if invariant in (*fate.fired, *MUTANTS[fate.id].caught_by)]
+    return sorted(
+        named, key=lambda fate: (fate.where != "host", invariant not in MUTANTS[fate.id].caught_by, fate.steps)
+    )
 
 
 def _alone(invariant: str, candidates: tuple[tuple[str, str], ...]) -> tuple[str, str]:

@@ -101,7 +101,7 @@ class Recorder:
     @property
     def num_requests(self) -> int:
         """Requests that have arrived."""
-        return self._rows.num_requests
+        return sum(self.count_of_state)
 
     @property
     def series(self) -> dict[str, NDArray[np.signedinteger]]:
@@ -241,7 +241,7 @@ class Recorder:
         live, finished, cancelled, rejected = self.count_of_state
         return Totals(
             scheduled_tokens=self.scheduled_tokens - self.discarded_tokens,
-            arrived=self._rows.num_requests,
+            arrived=self.num_requests,
             finished=finished,
             cancelled=cancelled,
             rejected=rejected,

@@ -71,6 +71,28 @@ def set_policy(name: str, value: object) -> Callable[[dict[str, Any]], object]:
     return lambda line: line["policy"].update({name: value})
 
 
+def gap(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a plan log in which every request has ten times its id."""
+    effects = [[kind, 10 * request, *rest] for kind, request, *rest in line.get("effects", [])]
+    changed = {**line, "effects": effects}
+    if "submit" in line:
+        changed["submit"] = {**line["submit"], "id": 10 * line["submit"]["id"]}
+    if "plan" in line:
+        changed["plan"] = {**line["plan"], "request": [10 * request for request in line["plan"]["request"]]}
+    if "cancel" in line:
+        changed["cancel"] = 10 * line["cancel"]
+    return changed
+
+
+def test_a_plan_log_of_an_engine_whose_ids_have_gaps_breaks_nothing(good: list[str], tmp_path: Path) -> None:
+    header, *lines = map(json.loads, good)
+    path = tmp_path / "gaps.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{**header, "vocab_size": None}, *map(gap, lines)]))
+    judgement = judge(path)
+    assert [str(violation) for violation in judgement.auditor.violations] == []
+    assert judgement.recorder.num_requests == 4
+
+
 MALFORMED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "another schema": ("schema", lambda line: line.update(schema="v0"), "expected a header with schema"),
     "unknown policy": ("policy", lambda line: line["policy"].update(pages=3), "policy: unknown pages; known are"),

@@ -8,7 +8,6 @@ from sim.cores.protocol import ServingCore
 from sim.faults import FaultSchedule
 from sim.part_calls import PartError, ask
 from sim.record import Recorder
-from sim.request_table import LIVE
 from sim.scenario.models import ResubmitFault
 
 
@@ -55,7 +54,7 @@ class Disturber:
     def _resubmit(self, core: ServingCore, number: int, step: int, now_ns: int) -> None:
         """A request that is gone might be taken in anew, so only an unfinished one is sent again."""
         request = self._requests.get(number)
-        if request is None or self._recorder.requests.state.item(number) != LIVE:
+        if request is None or not self._recorder.is_live(number):
             return
         effects: tuple[Effect, ...] = ()
         refusal = None

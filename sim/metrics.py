@@ -110,7 +110,7 @@ def run_figures(recorder: Recorder, end_ns: int, skipped: dict[str, int]) -> dic
     seconds = end_ns * _NS
     reasons: dict[str, int] = {}
     for request, reason in requests.reason.items():
-        if requests.state[request] == REJECTED:
+        if requests.state[request - requests.first_id] == REJECTED:
             # Refusals name the request and its sizes; what is left tells the kind.
             kind = re.sub(r"\d+", "N", reason.removeprefix(f"request {request}: "))
             reasons[kind] = reasons.get(kind, 0) + 1

@@ -7,7 +7,7 @@ core said it did, so that a metric and the core's bookkeeping can disagree, and 
 from __future__ import annotations
 
 from collections import Counter, deque
-from typing import Final, TypedDict
+from typing import Final
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from invariants.auditor import GAUGES, Totals
 from paged_attention.plan import UNKNOWN_TOKEN, DeclaredPolicy, Effect, Ints, StepOutcome, StepPlan
 from sim.columns import Column
-from sim.request_table import CANCELLED, FINISHED, LIVE, NEVER, NO_SEGMENT, REJECTED, RequestRows, RequestTable
+from sim.request_table import (
+    CANCELLED,
+    FINISHED,
+    LIVE,
+    NEVER,
+    NO_SEGMENT,
+    REJECTED,
+    RequestRows,
+    RequestTable,
+    RequestTimes,
+)
 from sim.trace_hash import TraceHash
 
 WAITING, PREFILL, DECODE, PREEMPTED = range(4)
@@ -28,18 +38,6 @@ SERIES: Final = ("step", "start_ns", "end_ns", *GAUGES)
 SPILL_EVERY_STEPS: Final = 512
 _NOTHING: Final = np.int32(UNKNOWN_TOKEN).tobytes()
 _NOBODY: Final = np.zeros(0, np.int32)
-
-
-class RequestTimes(TypedDict):
-    """What the recorder knows of one request; `admitted_ns` is its first admission, None: it did not get there."""
-
-    request: int
-    arrival_ns: int
-    admitted_ns: int | None
-    first_token_ns: int | None
-    finish_ns: int
-    itl_sum_ns: int
-    output_tokens: int
 
 
 class Recorder:
@@ -73,8 +71,7 @@ class Recorder:
         self.pages_fenced = 0
         self.live_tokens = 0
         """Tokens with K/V in owned pages."""
-        self.scheduled_tokens = 0
-        self.recomputed_tokens = 0
+        self.scheduled_tokens = self.recomputed_tokens = 0
         self.discarded_tokens = 0
         """Scheduled tokens of steps that never ran."""
         self.failed_steps = 0
@@ -231,9 +228,13 @@ class Recorder:
         """The run is over: what is still open ends here."""
         self._leave(self._streaming)
         self._streaming, self._streaming_rows, self._packed_streaming_rows = set(), _NOBODY, b""
-        for request, kind in enumerate(self._rows.segment[: self.num_requests]):
+        for request, kind in enumerate(self._rows.segment[: self._rows.end]):
             if kind != NO_SEGMENT:
                 self._segment(now_ns, request, NO_SEGMENT)
+
+    def is_live(self, request: int) -> bool:
+        """Whether a request that has come in is unfinished."""
+        return self._rows.state[request] == LIVE
 
     def totals(self, now_ns: int) -> Totals:
         """What was counted, for the auditor to compare with its own books."""
@@ -252,20 +253,9 @@ class Recorder:
 
     def times_of(self, request: int) -> RequestTimes:
         """What is known of a request."""
-        table = self._rows
-        admitted, first = table.admitted_ns[request], table.first_token_ns[request]
-        last, tokens = table.last_token_ns[request], table.output_tokens[request]
-        if request in self._streaming:
-            last, tokens = self._last_end_ns, tokens + self.steps - self._streaming_since[request]
-        return {
-            "request": request,
-            "arrival_ns": table.arrival_ns[request],
-            "admitted_ns": None if admitted == NEVER else admitted,
-            "first_token_ns": None if first == NEVER else first,
-            "finish_ns": table.finish_ns[request],
-            "itl_sum_ns": last - first if first != NEVER else 0,
-            "output_tokens": tokens,
-        }
+        if request not in self._streaming:
+            return self._rows.times_of(request)
+        return self._rows.times_of(request, self._last_end_ns, self.steps - self._streaming_since[request])
 
     def _live_changed(self, now_ns: int, by: int) -> None:
         """Add up live requests over time, which must equal the sum of their times in the system."""

@@ -115,22 +115,23 @@ def request_lines(recorder: Recorder) -> Iterator[str]:
     table = recorder.requests
     for first in range(0, table.num_requests, _LINES_PER_WRITE):
         rows = range(first, min(first + _LINES_PER_WRITE, table.num_requests))
-        yield "".join(json.dumps(_request(table, request)) + "\n" for request in rows)
+        yield "".join(json.dumps(_request(table, row)) + "\n" for row in rows)
 
 
-def _request(table: RequestTable, request: int) -> dict[str, Any]:
+def _request(table: RequestTable, row: int) -> dict[str, Any]:
+    request = table.first_id + row
     times = {
-        name: None if (value := int(getattr(table, name)[request])) == NEVER else value
+        name: None if (value := int(getattr(table, name)[row])) == NEVER else value
         for name in ("arrival_ns", "admitted_ns", "first_token_ns", "finish_ns")
     }
     return {
         "id": request,
         **times,
-        "prompt_tokens": int(table.prompt_tokens[request]),
-        "output_tokens": int(table.output_tokens[request]),
-        "state": STATE_NAMES[table.state[request]],
+        "prompt_tokens": int(table.prompt_tokens[row]),
+        "output_tokens": int(table.output_tokens[row]),
+        "state": STATE_NAMES[table.state[row]],
         "reason": table.reason.get(request) or None,
-        "preemptions": int(table.preemptions[request]),
+        "preemptions": int(table.preemptions[row]),
     }
 
 

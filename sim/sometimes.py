@@ -125,7 +125,8 @@ class Sometimes(Bystander):
         table, size = self._recorder.requests, self._policy.page_size
         prompt = table.prompt_tokens[(table.arrival_ns != NEVER) & (table.state != REJECTED)]
         arrival_ns = table.arrival_ns[table.arrival_ns != NEVER]
-        ends = Counter(table.reason.get(request) for request in np.flatnonzero(table.state == FINISHED).tolist())
+        finished = table.first_id + np.flatnonzero(table.state == FINISHED)
+        ends = Counter(table.reason.get(request) for request in finished.tolist())
         counts = {
             "request-refused": table.state == REJECTED,
             "arrivals-at-one-instant": arrival_ns[1:] == arrival_ns[:-1],

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from paged_attention.plan import CoreSnapshot, Effect, Request, StepOutcome, StepPlan
 from sim.deep.places import Places
 from sim.observer import Bystander
-from sim.record import Recorder, RequestTimes
+from sim.record import Recorder
+from sim.request_table import RequestTimes
 from sim.trace_hash import pack_effects
 
 STATES_EVERY: Final = 16

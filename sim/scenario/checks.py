@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from invariants.catalogue import CATALOGUE
 from paged_attention.decoder_spec import EXACT_DTYPES, MAX_POSITIONS, MAX_VOCAB
+from sim.scenario.base import MAX_COUNT
 from sim.scenario.memory import GIB, host_bytes, physical_memory
 from sim.scenario.workload_models import ConcurrentArrivals, ScriptedArrivals, StagedArrivals, TraceArrivals, shortest
 
@@ -138,6 +139,8 @@ def _faults(scenario: Scenario) -> Iterator[Problem]:
     arrivals = scenario.workload.arrivals
     scripted = isinstance(arrivals, ScriptedArrivals)
     count = len(arrivals.requests) if scripted else scenario.workload.num_requests
+    first = scenario.workload.first_request_id
+    ids = range(first, MAX_COUNT + 1 if count is None else first + count)
     for index, fault in enumerate(scenario.faults):
         if fault.kind == "cancel_storm":
             if scripted or isinstance(arrivals, ConcurrentArrivals):
@@ -146,8 +149,9 @@ def _faults(scenario: Scenario) -> Iterator[Problem]:
         if fault.kind in {"cancel", "fail"} and (fault.at_step is None) == (getattr(fault, "at_seconds", None) is None):
             yield ("faults", index), "give exactly one of at_step and at_seconds"
         request: int | None = getattr(fault, "request", None)
-        if request is not None and count is not None and request >= count:
-            yield ("faults", index, "request"), f"there is no request {request}: they are 0 to {count - 1}"
+        if request is not None and request not in ids:
+            last = "and up" if count is None else f"to {ids[-1]}"
+            yield ("faults", index, "request"), f"there is no request {request}: they are {first} {last}"
 
 
 def _expectations(scenario: Scenario) -> Iterator[Problem]:

@@ -148,7 +148,7 @@ class CancelFault(Section):
     """A user gives up: one request is cancelled before a step, or at a time."""
 
     kind: Literal["cancel"] = Field(description="Cancel one request.")
-    request: Index = Field(description="Which one, counted from 0 in order of arrival.")
+    request: Index = Field(description="Its id: workload.first_request_id (0) and up, in order of arrival.")
     at_step: Index | None = Field(default=None, description="Before this step is planned, counted from 0.")
     at_seconds: Seconds | None = Field(default=None, description="At this simulated time, in s.")
 
@@ -193,7 +193,7 @@ class ResubmitFault(Section):
     """A client asks twice: a request is submitted again while it is unfinished, and must be refused."""
 
     kind: Literal["resubmit"] = Field(description="Submit an unfinished request again; a gone one is left alone.")
-    request: Index = Field(description="Which one, counted from 0 in order of arrival.")
+    request: Index = Field(description="Its id: workload.first_request_id (0) and up, in order of arrival.")
     at_step: Index = Field(description="Before this step is planned, counted from 0.")
 
 

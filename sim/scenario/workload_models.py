@@ -8,6 +8,9 @@ from pydantic import Discriminator, Field, Tag
 
 from sim.scenario.base import WHOLE, Count, Index, Rate, Section
 
+MAX_FIRST_ID = 1_000_000
+"""A run keeps a row for every id from 0 on, of some 100 bytes."""
+
 TraceFormat = Literal["azure", "mooncake", "burstgpt", "vidur", "jsonl"]
 
 
@@ -177,6 +180,9 @@ class WorkloadSettings(Section):
     output_tokens: Tokens | None = Field(default=None, description="Output lengths; null: those of the trace.")
     num_requests: Count | None = Field(
         default=None, description="At most this many; null: as many as the trace or the stages give."
+    )
+    first_request_id: Annotated[int, Field(ge=0, le=MAX_FIRST_ID), WHOLE] = Field(
+        default=0, description="Id of the first request; the others are numbered from there in order of arrival."
     )
     end_by: Literal["max_tokens", "eos"] = Field(
         default="max_tokens",

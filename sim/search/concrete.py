@@ -36,7 +36,8 @@ def concrete(scenario: Scenario) -> tuple[Scenario, Finding]:
     )
     disturbances = [f for f in scenario.faults if isinstance(f, Disturbance | ResubmitFault)]
     # Whatever names a request that never came does nothing to the core.
-    faults = [f for f in (*tape.faults, *disturbances) if getattr(f, "request", 0) < len(requests)]
+    end = workload.first_request_id + len(requests)
+    faults = [f for f in (*tape.faults, *disturbances) if getattr(f, "request", 0) < end]
     data = scenario.model_copy(update={"workload": workload, "faults": tuple(faults)})
     return Scenario.model_validate(data.model_dump(by_alias=True)), finding
 

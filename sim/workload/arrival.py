@@ -13,7 +13,7 @@ class Arrival(NamedTuple):
     time_ns: int
     """Since the start of the run; 0 throughout in a closed loop."""
     request: int
-    """Counted from 0 in order of arrival."""
+    """Its id: numbered in order of arrival, from the workload's first_request_id on."""
     prompt_tokens: int
     output_tokens: int
     prefix_hashes: tuple[int, ...] = ()

@@ -23,6 +23,8 @@ def generate(scenario: Scenario) -> Workload:
     settings = scenario.workload
     skipped: dict[str, int] = {}
     arrivals = islice(_relengthened(scenario, _timed(scenario, skipped)), settings.num_requests)
+    if first := settings.first_request_id:
+        arrivals = (arrival._replace(request=first + arrival.request) for arrival in arrivals)
     if settings.too_long == "clip":
         arrivals = _clipped(scenario, arrivals)
     if isinstance(settings.arrivals, ScriptedArrivals):
@@ -35,7 +37,7 @@ def generate(scenario: Scenario) -> Workload:
 
 
 def _timed(scenario: Scenario, skipped: dict[str, int]) -> Iterator[Arrival]:
-    """Arrivals with their times; lengths are those of the trace, or 0."""
+    """Arrivals with their times, numbered from 0; lengths are those of the trace, or 0."""
     arrivals = scenario.workload.arrivals
     if isinstance(arrivals, TraceArrivals):
         scale, limit = arrivals.time_scale, arrivals.limit

@@ -38,3 +38,12 @@ def changed(**keys: Any) -> dict[str, Any]:
 def small(**keys: Any) -> Scenario:
     """The scenario of `changed`."""
     return Scenario.model_validate(changed(**keys))
+
+
+def ids_from(first: int, scenario: Scenario) -> Scenario:
+    """The same scenario with requests numbered from `first` on, and its faults with them."""
+    data = scenario.model_dump(by_alias=True)
+    by = first - data["workload"]["first_request_id"]
+    data["workload"]["first_request_id"] = first
+    data["faults"] = [{**f, "request": f["request"] + by} if "request" in f else f for f in data["faults"]]
+    return Scenario.model_validate(data)

@@ -191,6 +191,31 @@ def test_one_wrong_key_is_one_line_with_place_path_and_hint(old: str, new: str, 
             "5:37: faults.0.request: there is no request 50: they are 0 to 49",
         ),
         (
+            "workload:",
+            "faults: [{kind: resubmit, at_step: 1, request: 8}]\nworkload:\n  first_request_id: 9",
+            "5:39: faults.0.request: there is no request 8: they are 9 to 58",
+        ),
+        (
+            "num_requests: 50",
+            "num_requests: 50\n  first_request: 9",
+            "10:3: workload.first_request: unknown key (did you mean 'first_request_id'?)",
+        ),
+        (
+            "num_requests: 50",
+            "num_requests: 50\n  first_request_id: -1",
+            "10:3: workload.first_request_id: expected at least 0, found -1",
+        ),
+        (
+            "num_requests: 50",
+            "num_requests: 50\n  first_request_id: 2e6",
+            "10:3: workload.first_request_id: expected at most 1000000, found 2000000",
+        ),
+        (
+            "num_requests: 50",
+            "num_requests: 50\n  first_request_id: nine",
+            "10:3: workload.first_request_id: expected a whole number, found 'nine'",
+        ),
+        (
             "kv_heads: 2}",
             "kv_heads: 2}\nexpect: {violations: 0, violated: [P1]}",
             "5:10: expect.violations: 0 violations, but expect.violated names P1",

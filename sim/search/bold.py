@@ -43,13 +43,23 @@ def step_of(data: Data, operation: tuple[str, int]) -> int:
     return requests_of(data)[at]["at_step"] if kind == "request" else data["faults"][at]["at_step"]
 
 
-def leave_out(data: Data, gone: list[int]) -> Kept:
-    """Take operations out of the data, in place; what names a request follows its new number, or goes with it."""
-    names = operations_of(data)
+def first_id_of(data: Data) -> int:
+    """The id of the first request."""
+    return data["workload"]["first_request_id"]
+
+
+def leave_out(data: Data, gone: list[int], *, first_id: int | None = None) -> Kept:
+    """Take operations out of the data, in place; what names a request follows its new id, or goes with it.
+
+    The first request that is left gets `first_id`; None: the id that the first has now.
+    """
+    names, old_first = operations_of(data), first_id_of(data)
+    new_first = old_first if first_id is None else first_id
     left_out = {names[at] for at in gone}
     kept = [at for at in range(len(requests_of(data))) if ("request", at) not in left_out]
-    renumbered = {old: new for new, old in enumerate(kept)}
+    renumbered = {old_first + old: new_first + new for new, old in enumerate(kept)}
     data["workload"]["arrivals"]["requests"] = [requests_of(data)[at] for at in kept]
+    data["workload"]["first_request_id"] = new_first
     faults: list[Data] = []
     for at, fault in enumerate(data["faults"]):
         if ("fault", at) in left_out or ("request" in fault and fault["request"] not in renumbered):
@@ -80,8 +90,8 @@ def _merged(data: Data, *, sizes: bool) -> Iterator[tuple[Data, Kept]]:
             for key in ("prompt_tokens", "output_tokens"):
                 one[key] = one[key] + two[key] if key in both else max(one[key], two[key])
             for fault in changed["faults"]:
-                if fault.get("request") == second:
-                    fault["request"] = first
+                if fault.get("request") == first_id_of(data) + second:
+                    fault["request"] = first_id_of(data) + first
             if sizes:
                 _make_room(changed["cache"], one["prompt_tokens"] + one["output_tokens"] - 1)
             else:

@@ -23,9 +23,6 @@ CONTRACT: Final = "contract:"
 MOST_REQUESTS: Final = 4
 MOST_OPERATIONS: Final = 12
 """What a smallest scenario is meant to need at most."""
-NEEDS: Final = {"MS16": 11}
-"""Requests without which a bug cannot show: those are numbered from 0 in order of arrival, and 10 is the first number
-whose text comes before that of a smaller one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class Hunt:
     @property
     def is_small(self) -> bool:
         """Whether what is left is as small as it is meant to be."""
-        return self.requests <= NEEDS.get(self.mutant, MOST_REQUESTS) and self.operations <= MOST_OPERATIONS
+        return self.requests <= MOST_REQUESTS and self.operations <= MOST_OPERATIONS
 
 
 def can_be_shown(mutant: Mutant) -> bool:

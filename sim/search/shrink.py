@@ -2,6 +2,7 @@
 
     operations (requests, cancels, failed steps) -> their arguments -> sizes and policy of the core -> operations ...
     where all of that changes nothing: several changes at once that take one operation away (bold.py)
+    where they do not either: operations again, but requests after those that go keep their ids
 
 until a whole round changes nothing: the result is 1-minimal, that is, no single operation can be left out and no single
 number made smaller (where the device compiles, sizes stay: a program for each would take seconds). A candidate counts
@@ -29,7 +30,7 @@ from sim.mutants import find_mutant, planted
 from sim.part_calls import HANG
 from sim.scenario import Scenario
 from sim.scenario.models import InvariantSettings
-from sim.search.bold import Data, bold_moves, leave_out, operations_of, requests_of, step_of
+from sim.search.bold import Data, bold_moves, first_id_of, leave_out, operations_of, requests_of, step_of
 from sim.search.probe import CoreMaker, Finding, probe
 
 Probe = Callable[[Scenario], Finding]
@@ -50,6 +51,8 @@ SIMPLEST: Final[tuple[tuple[tuple[str, str], tuple[Any, ...]], ...]] = (
 """Keys with the values to try, the simplest first."""
 
 USUAL_HANG_SECONDS: Final = InvariantSettings(stop="first").hang_seconds
+
+FIRST_ID: Final = ("workload", "first_request_id")
 
 SIZES: Final = (
     ("core", "batch_size"),
@@ -172,7 +175,7 @@ class _Search:
         changed |= self._drop_operations()
         changed |= self._shrink_arguments()
         changed |= self._simplify()
-        return changed or self._be_bold()
+        return changed or self._be_bold() or self._drop_operations(keep_ids=True)
 
     def _try(self, data: Data) -> bool:
         """Take `data` where it is a scenario in which the same statement breaks first."""
@@ -201,7 +204,7 @@ class _Search:
         late = [at for at, operation in enumerate(operations_of(data)) if step_of(data, operation) > last]
         return bool(late) and self._try_without(late)
 
-    def _drop_operations(self) -> bool:
+    def _drop_operations(self, *, keep_ids: bool = False) -> bool:
         """Leave out operations: halves first, then quarters, down to single ones."""
         changed = False
         size = max(1, len(operations_of(self._data)) // 2)
@@ -210,7 +213,7 @@ class _Search:
             while at < (count := len(operations_of(self._data))) and self.left > 0:
                 # From the end: an operation is more likely to matter to those after it.
                 gone = list(range(max(0, count - at - size), count - at))
-                if self._try_without(gone):
+                if self._try_without(gone, keep_ids=keep_ids):
                     changed = True
                 else:
                     at += size
@@ -218,10 +221,13 @@ class _Search:
                 return changed
             size //= 2
 
-    def _try_without(self, gone: list[int]) -> bool:
-        """`_try` without some operations; cancels follow their requests' new numbers, or go with them."""
+    def _try_without(self, gone: list[int], *, keep_ids: bool = False) -> bool:
+        """`_try` without some operations; requests after those that go move up, or `keep_ids`: those before them."""
         data = deepcopy(self._data)
-        kept = leave_out(data, gone)
+        first = first_id_of(data)
+        if keep_ids:
+            first += sum(kind == "request" for kind, _ in (operations_of(data)[at] for at in gone))
+        kept = leave_out(data, gone, first_id=first)
         if not kept or not self._try(data):
             return False
         self.kept = [self.kept[at] for at in kept]
@@ -264,7 +270,7 @@ class _Search:
         return self._try(data)
 
     def _simplify(self) -> bool:
-        changed = False
+        changed = self._lower(FIRST_ID, 0)
         kind = self._data["backend"]["kind"]
         for path, values in SIMPLEST:
             if kind == "numpy" or path[1] not in DEVICE_KEYS:
@@ -295,7 +301,10 @@ class _Search:
         low = least
         while low < value and self.left > 0:
             data = deepcopy(self._data)
-            _set(data, path, low)
+            if path == FIRST_ID:
+                leave_out(data, [], first_id=low)  # with what names a request
+            else:
+                _set(data, path, low)
             if self._try(data):
                 value, low, changed = low, least, True
             else:

@@ -142,6 +142,8 @@ def _show(console: Console, result: Selftest) -> None:
         console.print("  ".join([*cells, line[6]]).rstrip(), markup=False)
     for title, names in (
         ("not applicable yet", [f"{m.id} ({m.waits_for})" for m in result.waiting]),
+        ("survived", [fate.id for fate in result.survivors]),
+        ("another violation, step or hash in a second run", [fate.id for fate in result.fates if not fate.replayed]),
         ("false alarms", result.false_alarms),
         ("no sole killer", result.sole_killer_missing),
         ("vacuous", result.vacuous),

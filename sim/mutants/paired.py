@@ -212,14 +212,15 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "KR16",
-        "The free pages are shuffled at first, by random state that belongs to the process.",
+        "The free pages begin one further on with each core, by a count that belongs to the process.",
         ("D5",),
         where="deep",
         edits=(
             Edit(
                 f"{_MANAGER}.__init__",
                 "Fifo(range(DUMMY_PAGE + 1, metadata.num_pages_per_layer))",
-                "Fifo(__import__('random').sample((n := range(DUMMY_PAGE + 1, metadata.num_pages_per_layer)), len(n)))",
+                """Fifo(range(DUMMY_PAGE + 1, metadata.num_pages_per_layer))
+    self._available_hbm_pages.rotate(next(globals().setdefault("_cores", __import__("itertools").count(1))))""",
             ),
         ),
         driver="deep-host",

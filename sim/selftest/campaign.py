@@ -153,7 +153,7 @@ def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress
 
 
 def _likeliest(fates: list[Fate], invariant: str) -> list[Fate]:
-    """Those in which an invariant fires or should, by what does not depend on the machine: which are tried is no luck."""
+    """Those in which an invariant fires or should, the likeliest first: by nothing that depends on the machine."""
     named = [fate for fate in fates if invariant in (*fate.fired, *MUTANTS[fate.id].caught_by)]
     return sorted(
         named, key=lambda fate: (fate.where != "host", invariant not in MUTANTS[fate.id].caught_by, fate.steps)

@@ -6,14 +6,15 @@ import json
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from sim.cli import main
+from sim.cli import main, selftest_command
 from sim.mutants import MUTANTS, registry
 from sim.mutants.edit import Edit
 from sim.mutants.mutant import Mutant
 from sim.selftest import Selftest, campaign, fate
 from sim.selftest.drivers import drivers_of
-from sim.selftest.fate import alarms, kill, killed_alone
+from sim.selftest.fate import Fate, alarms, kill, killed_alone
 
 PAGES = "paged_attention.pages:HBMPageManager"
 
@@ -31,6 +32,11 @@ def test_a_killed_mutant_names_who_noticed_where_and_after_how_many_steps_and_re
     assert found.steps >= 0
     assert "P3" in found.fired
     assert "page 0" in found.complaint
+
+
+def test_what_a_process_remembers_shows_at_the_same_step_each_time() -> None:
+    found = [kill("KR16") for _ in range(4)]
+    assert {(one.killed_by, one.steps, one.replayed) for one in found} == {("D5", 1, True)}
 
 
 def test_a_bug_that_nobody_notices_survives_and_fails_the_selftest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +83,13 @@ def test_the_selftest_prints_what_became_of_each_mutant(capsys: pytest.CaptureFi
     keys = {"killed", "applicable", "false_alarms", "benign", "canary", "sole_killer_missing"}
     assert found.keys() >= keys
     assert (found["killed"], found["applicable"], found["canary"]["caught"]) == (2, 2, True)
+
+
+def test_who_survived_and_what_does_not_replay_stands_in_the_last_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    survivor = Fate("MP01", "host", "", "host-starved", 0, 0.1)
+    fickle = Fate("MP04", "host", "P2", "host-starved", 3, 0.1, replayed=False)
+    selftest_command._show(Console(soft_wrap=True), Selftest(canary_caught=True, fates=[survivor, fickle]))
+    *_, survived, other, verdict = capsys.readouterr().out.splitlines()
+    assert survived == "survived: MP01"
+    assert other == "another violation, step or hash in a second run: MP04"
+    assert verdict.startswith("ASLEEP: 1 of 2")

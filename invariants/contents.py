@@ -2,10 +2,10 @@
 
 The shadow knows what must lie at each place of the pool. What is compared with the device:
 
-- each checked step: every place the step wrote, and beside them the rest of a chunk's last page; in each step without a
-  chunk, and each FRAME_EVERY-th with one, as many places as there are decode rows (`FramePlaces`); in their stead,
-  where the pages touched have at most SMALL_TOUCHED places, all places of these; a pool of at most SMALL_PLACES: all of
-  it, so that a stray write is seen in its own step, wherever it went;
+- each checked step: every place the step wrote, and beside them the rest of a chunk's last page and as many places as
+  there are decode rows (`FramePlaces`); in their stead, where the pages touched have at most SMALL_TOUCHED places, all
+  places of these; a pool of at most SMALL_PLACES: all of it, so that a stray write is seen in its own step, wherever it
+  went;
 - each `full_every`-th step the next WINDOW_PLACES of the pool, the dummy page left out; all of it at the end, and in
   every step where `full_every` is 1.
 
@@ -33,9 +33,6 @@ SMALL_PLACES = 1024
 
 SMALL_TOUCHED = 128
 """Of a larger pool the pages that a step touched are compared whole in every step, if they have so few places."""
-
-FRAME_EVERY = 4
-"""Steps with a chunk have hundreds of places to compare; each n-th has the frame's as well."""
 
 BASES = 64
 """Requests whose identities are computed together."""
@@ -128,10 +125,9 @@ class ContentJudge:
             touched = np.flatnonzero(np.bincount(places // self.size, minlength=self.num_pages)).astype(np.int32)
             self._verify_pages(touched, device, written)
         else:
-            beside = [self._rest_of_page(prefill) for prefill in flight.prefills]
-            if not beside or self.findings.step % FRAME_EVERY == 0:
-                beside.append(self.frame.next_places(flight.slots))
-            self._compare(np.concatenate((places, *beside)), device, written)
+            beside = map(self._rest_of_page, flight.prefills)
+            looked_at = np.concatenate((places, *beside, self.frame.next_places(flight.slots)))
+            self._compare(looked_at, device, written)
 
     def _rest_of_page(self, prefill: Prefill) -> Int[ndarray, " places"]:
         """The places behind the last one of a chunk, where its padding would go."""

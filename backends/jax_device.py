@@ -28,6 +28,8 @@ from paged_attention.step_news import pack
 
 Road = Literal["auto", "rows"]
 
+_NOTHING_YIELDED = ModelOutputBatch.init_empty()
+
 
 class DispatchedStep(NamedTuple):
     """A step on the device; a part is (rows of the plan, where they stand in the array, the array [token, eos, ..])."""
@@ -113,7 +115,7 @@ class JaxBackend:
         """Keep what a prefill yielded for as long as the host may not have seen it when the sequence joins."""
         if native.schedule_prefill and plan.samples[0] and native.prefill_request.id is not None:
             token, position = output
-            kept = ModelOutputBatch.init_empty().replace(prefill_token_id=token, prefill_next_position=position)
+            kept = _NOTHING_YIELDED.replace(prefill_token_id=token, prefill_next_position=position)
             self._prefill_outputs[plan.step] = (native.prefill_request.id, kept)
         while self._prefill_outputs and next(iter(self._prefill_outputs)) < plan.step - self._cache.lag - 1:
             self._prefill_outputs.popitem(last=False)

@@ -178,11 +178,10 @@ class PagedAttentionEngine:
             self._newest_can_go = False
             books.note_tokens(flight, outcome)
             effects: list[Effect] = []
-            if np.count_nonzero(outcome.eos):
-                for row in outcome.eos.nonzero()[0].tolist():
-                    sequence = books.sequence_of(flight, row)
-                    if sequence is not None:
-                        effects += books.end(sequence, "eos")
+            for row in outcome.eos.nonzero()[0].tolist():
+                sequence = books.sequence_of(flight, row)
+                if sequence is not None:
+                    effects += books.end(sequence, "eos")
             for sequence in flight.last_rows:
                 if books.is_alive(sequence):
                     cut_short = sequence.limit < sequence.request.max_tokens

@@ -29,7 +29,7 @@ def next_step(books: Books, step: int) -> StepPlan | None:
     if untold.releases or untold.joins or untold.pages:
         _tell(books, native)
     seated = slots.seated if native.schedule_decodes else slots.nobody
-    last_steps = slots.last_step.take(seated.slots)
+    last_steps = slots.last_step.copy()
     prefilling, before = None, NOBODY
     if native.schedule_prefill:
         prefilling = books.prefilling

@@ -7,15 +7,28 @@ import numpy as np
 from paged_attention.plan import UNKNOWN_TOKEN, Effect, StepPlan
 from paged_attention.requests import NextIterationPlan
 from paged_attention.sequences import Sequence
-from paged_attention.slots import NOBODY, NUM_ROW_COLUMNS, TOKEN, Seated, SlotTable
+from paged_attention.slots import (
+    ADMISSION,
+    COUNT,
+    NOBODY,
+    NUM_PAGES,
+    NUM_ROW_COLUMNS,
+    POSITION,
+    REQUEST,
+    SAMPLES,
+    SLOT,
+    TOKEN,
+    Seated,
+    SlotTable,
+)
 
 
 def decode_rows(
     step: int, table: SlotTable, seated: Seated, effects: tuple[Effect, ...], native: NextIterationPlan
 ) -> StepPlan:
     """Make a plan of the seated alone; columns that have not changed are those of the plan before."""
-    _, slots, request, admission, slot, ones, _, _ = seated
-    start, tokens = table.position.take(slots), table.token.take(slots)
+    _, slots, request, admission, slot, ones, _, _, _ = seated
+    start, tokens = table.position[slots], table.token[slots]
     start.setflags(write=False)
     tokens.setflags(write=False)
     num_pages, pages = table.tables(seated)
@@ -44,5 +57,17 @@ def mixed_rows(
     tokens = np.concatenate((prefill.prefill.token_ids[start : start + count], columns[TOKEN, 1:]))
     for array in (columns, tokens, pages):
         array.setflags(write=False)
-    request, admission, slot, counts, sampled, starts, _, sizes = columns
-    return StepPlan(step, request, admission, slot, starts, counts, sampled, tokens, sizes, pages, effects, native)
+    return StepPlan(
+        step,
+        columns[REQUEST],
+        columns[ADMISSION],
+        columns[SLOT],
+        columns[POSITION],
+        columns[COUNT],
+        columns[SAMPLES],
+        tokens,
+        columns[NUM_PAGES],
+        pages,
+        effects,
+        native,
+    )

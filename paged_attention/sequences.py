@@ -59,7 +59,7 @@ class Flight:
     seated: Seated
     """Its decode rows."""
     last_steps: Ints
-    """The last_step of each of them before this one."""
+    """The last_step of each slot before this one."""
     prefilling: Sequence | None
     prefilled_before: int
     """The prefilling sequence's last_step before this one."""

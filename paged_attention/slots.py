@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ class Seated(NamedTuple):
     key: Ints
     next_place: NDArray[np.intp]
     """Where each one's token at position 1 stands in `SlotTable.tokens`: that behind position p is p places on."""
+    hands: int
+    """How often slots had changed hands by then."""
 
 
 class SlotTable:
@@ -68,10 +70,15 @@ class SlotTable:
         self.pages: Int32[np.ndarray, "lanes pages"] = np.zeros((batch_size + 1, max_num_pages), np.int32)
         # Position max_sequence_length is sampled but never written.
         self.history: Int32[np.ndarray, "slots positions"] = np.zeros((batch_size, max_sequence_length + 1), np.int32)
+        self._next_place: NDArray[np.intp] = np.arange(batch_size) * self.history.shape[1] + 1
+        """`next_place` of each slot, see `Seated`."""
         self.turns = 0
-        self._seats = array("q"), array("i"), array("i"), array("i"), array("i"), array("q")
-        """The columns of `Seated`, `lanes` and `ones` aside: a slot that comes or goes is one entry of each."""
+        self._hands = 0
+        """How often a slot has been given to somebody or taken back."""
+        self._running = array("q")
+        """The slots that have a token to come, ascending."""
         self._advance: Int32[np.ndarray, " slots"] = np.zeros(batch_size, np.int32)
+        """1 for each of them."""
         self._first_end = NEVER
         """No slot's end comes before this turn."""
         self.bind()
@@ -86,9 +93,7 @@ class SlotTable:
         self.end: NDArray[np.int32] = slots[END]
         self.last_step: NDArray[np.int32] = slots[LAST_STEP]
         self.tokens: NDArray[np.int32] = self.history.reshape(-1)
-        self._ones: Ints = np.ones(len(self.position), np.int32)
-        self._ones.setflags(write=False)
-        self.nobody = self._frozen(b"", b"", b"", b"", b"", b"")
+        self.nobody = self._frozen(b"")
         self._seated: Seated | None = None
         self._tables: tuple[Ints, Int32[np.ndarray, "rows pages"]] | None = None
 
@@ -96,46 +101,44 @@ class SlotTable:
     def seated(self) -> Seated:
         """Who has a token to come."""
         if self._seated is None:
-            self._seated = self._frozen(*[column.tobytes() for column in self._seats])
+            self._seated = self._frozen(self._running.tobytes())
         return self._seated
 
-    def _frozen(
-        self, slots: bytes, request: bytes, admission: bytes, slot: bytes, key: bytes, next_place: bytes
-    ) -> Seated:
-        lanes = np.frombuffer(len(self.position).to_bytes(8, sys.byteorder) + slots, np.intp)
+    def _frozen(self, running: bytes) -> Seated:
+        lanes = np.frombuffer(len(self.position).to_bytes(8, sys.byteorder) + running, np.intp)
+        slots = lanes[1:]
+        columns, next_place = self.columns.take(slots, axis=1), self._next_place[slots]
+        columns.setflags(write=False)
+        next_place.setflags(write=False)
         return Seated(
             lanes,
-            lanes[1:],
-            np.frombuffer(request, np.int32),
-            np.frombuffer(admission, np.int32),
-            np.frombuffer(slot, np.int32),
-            self._ones[: len(lanes) - 1],
-            np.frombuffer(key, np.int32),
-            np.frombuffer(next_place, np.intp),
+            slots,
+            columns[REQUEST],
+            columns[ADMISSION],
+            columns[SLOT],
+            columns[COUNT],
+            columns[KEY],
+            next_place,
+            self._hands,
         )
 
-    def _seat(self, slot: int, request: int, admission: int, key: int) -> None:
-        at = bisect_left(self._seats[0], slot)
-        entries = slot, request, admission, slot, key, slot * self.history.shape[1] + 1
-        for column, entry in zip(self._seats, entries, strict=True):
-            column.insert(at, entry)
+    def _seat(self, slot: int) -> None:
+        insort(self._running, slot)
         self._change(slot, advance=1)
 
     def _unseat(self, slot: int) -> None:
-        if slot in self._seats[0]:
-            at = self._seats[0].index(slot)
-            for column in self._seats:
-                del column[at]
-        self._change(slot, advance=0)
+        if self._advance[slot]:
+            del self._running[bisect_left(self._running, slot)]
+            self._change(slot, advance=0)
 
     def still_seats(self, seated: Seated) -> bool:
-        """Whether nobody has come or gone since then."""
-        return self._seated is seated
+        """Whether no slot has changed hands since then."""
+        return self._hands == seated.hands
 
     def tables(self, seated: Seated) -> tuple[Ints, Int32[np.ndarray, "rows pages"]]:
         """Page counts and page lists of the seated; the same arrays until one of them changes."""
         if self._tables is None:
-            num_pages, pages = self.num_pages.take(seated.slots), self.pages.take(seated.slots, axis=0)
+            num_pages, pages = self.num_pages[seated.slots], self.pages.take(seated.slots, axis=0)
             num_pages.setflags(write=False)
             pages.setflags(write=False)
             self._tables = num_pages, pages
@@ -162,7 +165,8 @@ class SlotTable:
         self.columns[:, slot] = (request, admission, slot, 1, 1, position, token, num_pages, key, end, last_step)
         self.history[slot, position] = token
         self._first_end = min(self._first_end, end)
-        self._seat(slot, request, admission, key)
+        self._hands += 1
+        self._seat(slot)
 
     def remaining(self, slot: int) -> int:
         """How many tokens of a seated slot are still to be planned."""
@@ -176,6 +180,7 @@ class SlotTable:
     def clear(self, slot: int) -> None:
         """Make a slot nobody's."""
         self.columns[:, slot] = NOBODY, NOBODY, slot, 1, 1, NOBODY, UNKNOWN_TOKEN, 0, NOBODY, NEVER, NOBODY
+        self._hands += 1
         self._unseat(slot)
 
     def _change(self, slot: int, advance: int) -> None:
@@ -193,16 +198,19 @@ class SlotTable:
         spent: list[int] = (self.end == self.turns).nonzero()[0].tolist()
         for slot in spent:
             self.stop(slot)
-        self._first_end = int(self.end.min())
+        self._first_end = self.end.item(self.end.argmin())
         return spent
 
     def restore(self, seated: Seated, position: Ints, token: Ints, last_step: Ints) -> None:
-        """Put back what was before an `advance`, for the slots that have not changed hands since."""
+        """Put back what was before an `advance`, for the slots that have not changed hands since.
+
+        `position` and `token` are those of the seated, `last_step` the whole column.
+        """
         same = (self.key[seated.slots] == seated.key).nonzero()[0]
         slots = seated.slots[same]
-        self.position[slots], self.token[slots], self.last_step[slots] = position[same], token[same], last_step[same]
+        self.position[slots], self.token[slots], self.last_step[slots] = position[same], token[same], last_step[slots]
         for slot in slots[self.end[slots] == NEVER].tolist():
             self.end[slot] = self.turns
-            self._seat(slot, *self.columns[(REQUEST, ADMISSION, KEY), slot].tolist())
+            self._seat(slot)
         self.turns -= 1
         self._first_end = self.turns

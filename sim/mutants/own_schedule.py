@@ -246,7 +246,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "Two errors that cancel out at lag 0: tokens are noted one place early in the history, and read from there.",
         ("S3",),
         edits=(
-            Edit(f"{_SLOTS}._seat", "self.history.shape[1] + 1", "self.history.shape[1]"),
+            Edit(f"{_SLOTS}.__init__", "self.history.shape[1] + 1", "self.history.shape[1]"),
             Edit(f"{_BOOKS}.preempt", "first = sequence.num_fed_tokens + 1", "first = sequence.num_fed_tokens"),
             Edit(
                 f"{_BOOKS}._note_first_token",

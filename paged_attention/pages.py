@@ -82,10 +82,12 @@ class HBMPageManager:
 
         ValueError: a page is out of range, not owned by anybody, or named twice; nothing changes then.
         """
-        returned = [page for page in pages if page != DUMMY_PAGE] if DUMMY_PAGE in pages else pages
-        if not (self._owned.issuperset(returned) and len(set(returned)) == len(returned)):
+        distinct = set(pages)
+        returned = [page for page in pages if page != DUMMY_PAGE] if DUMMY_PAGE in distinct else pages
+        distinct.discard(DUMMY_PAGE)
+        if not (distinct <= self._owned and len(distinct) == len(returned)):
             self._refuse(returned)
-        self._owned.difference_update(returned)
+        self._owned -= distinct
         self._available_hbm_pages.extend(returned)
 
     def _refuse(self, pages: Sequence[int]) -> NoReturn:

@@ -59,6 +59,7 @@ class _Draft:
     run_decodes: bool = False
     growing_slots: Sequence[int] = ()
     num_joins: int = 0
+    num_join_pages: int = 0
     prefill: InitialSequenceRequest | None = None
     prefill_is_new: bool = False
     num_prefill_pages: int = 0
@@ -143,8 +144,7 @@ class InferenceScheduler:
         if draft is None or draft.victims:
             return draft
         free -= len(draft.growing_slots)
-        if draft.num_joins:
-            free -= sum(map(self._lacks_page, self._first_tasks(draft.num_joins)))
+        free -= draft.num_join_pages
         if active is not None or self.prefill_queue:
             self._draft_prefill(draft, active, batch, free)
             first = mix == "decode_first" and self.prefill_wait < self.policy.max_prefill_wait
@@ -161,7 +161,7 @@ class InferenceScheduler:
         spare = free - len(draft.growing_slots)
         if spare >= 0:
             if self.decodes_queue:
-                draft.num_joins = self._num_joins(batch, spare)
+                self._draft_joins(draft, batch, spare)
                 draft.run_decodes = draft.run_decodes or draft.num_joins > 0
             if draft.run_decodes or not self.decodes_queue or not _slots(batch):
                 return draft
@@ -209,21 +209,16 @@ class InferenceScheduler:
         positions: Any = batch.positions
         return (self._capacity <= positions).nonzero()[0].tolist()
 
-    def _first_tasks(self, count: int) -> list[GenerationStepTask]:
-        return [task for task, _ in zip(self.decodes_queue, range(count), strict=False)]
+    def _draft_joins(self, draft: _Draft, batch: ActiveSequenceBatch, spare: int) -> None:
+        """Add as many queued decodes, first come first served, as find a slot and the page that they may need."""
+        for task, _ in zip(self.decodes_queue, _slots(batch), strict=False):
+            pages = draft.num_join_pages + self._lacks_page(task)
+            if pages > spare:
+                break
+            draft.num_joins, draft.num_join_pages = draft.num_joins + 1, pages
 
     def _lacks_page(self, task: GenerationStepTask) -> bool:
-        return task.position >= len(task.page_indices) * self.manager.page_size
-
-    def _num_joins(self, batch: ActiveSequenceBatch, spare: int) -> int:
-        """How many queued decodes, first come first served, find a slot and the page that they may need."""
-        joins = 0
-        for task in self._first_tasks(_slots(batch).qsize()):
-            spare -= self._lacks_page(task)
-            if spare < 0:
-                break
-            joins += 1
-        return joins
+        return task.position >= len(task.page_indices) * self._page_size
 
     def _draft_prefill(
         self, draft: _Draft, active: InitialSequenceRequest | None, batch: ActiveSequenceBatch, free: int
@@ -302,7 +297,7 @@ class InferenceScheduler:
             task.slot = _slots(batch).get_nowait()
             batch.insert_from_task(task.slot, task)
             _map(batch)[task.slot] = task
-            self._capacity[task.slot] = len(task.page_indices) * self.manager.page_size
+            self._capacity[task.slot] = len(task.page_indices) * self._page_size
             joined.append(task.as_planned())
         return joined
 

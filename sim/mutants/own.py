@@ -83,8 +83,8 @@ PAGES: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SCHEDULER}._join",
-                "self._capacity[task.slot] = len(task.page_indices) * self.manager.page_size",
-                "self._capacity[task.slot] = max(self._capacity[task.slot], self.manager.page_size)",
+                "self._capacity[task.slot] = len(task.page_indices) * self._page_size",
+                "self._capacity[task.slot] = max(self._capacity[task.slot], self._page_size)",
             ),
         ),
     ),

@@ -102,9 +102,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ("S5", "P6"),
         edits=(
             Edit(
-                f"{_SCHEDULER}._num_joins",
-                "spare -= self._lacks_page(task)",
-                "spare -= 0 if joins else self._lacks_page(task)",
+                f"{_SCHEDULER}._draft_joins",
+                "if pages > spare:",
+                "if pages > spare and not draft.num_joins:",
             ),
         ),
     ),
@@ -127,9 +127,9 @@ MUTANTS: tuple[Mutant, ...] = (
         edits=(
             Edit(
                 f"{_SCHEDULER}._join",
-                "self._capacity[task.slot] = len(task.page_indices) * self.manager.page_size",
+                "self._capacity[task.slot] = len(task.page_indices) * self._page_size",
                 "self._capacity[task.slot] = max(\n"
-                "            self._capacity[task.slot], len(task.page_indices) * self.manager.page_size)",
+                "            self._capacity[task.slot], len(task.page_indices) * self._page_size)",
             ),
         ),
     ),
@@ -281,7 +281,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "KS25",
         "Of those who wait for a slot only one joins in a step.",
         ("S11",),
-        edits=(Edit(f"{_SCHEDULER}._num_joins", "_slots(batch).qsize()", "1"),),
+        edits=(Edit(f"{_SCHEDULER}._draft_joins", "_slots(batch), ", "range(1), "),),
         driver="host-prefill-first",
     ),
     Mutant(

@@ -336,7 +336,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "pages",
         Edit(
             "paged_attention.pages:HBMPageManager.free_hbm_pages",
-            "if not (self._owned.issuperset(returned) and len(set(returned)) == len(returned)):",
+            "if not (distinct <= self._owned and len(distinct) == len(returned)):",
             "if min(returned, default=0) < 0:",
         ),
     ),

@@ -7,7 +7,7 @@ from paged_attention.plan import Effect, StepPlan
 from paged_attention.requests import NextIterationPlan
 from paged_attention.rows import decode_rows, mixed_rows
 from paged_attention.scheduler import resume_slot, stop_slot
-from paged_attention.sequences import Flight, Sequence, Untold, grant
+from paged_attention.sequences import Flight, Sequence, grant
 from paged_attention.slots import NOBODY
 
 
@@ -76,13 +76,15 @@ def take_in(books: Books, native: NextIterationPlan) -> list[Effect]:
 
 def _tell(books: Books, native: NextIterationPlan) -> None:
     """Add to a plan, which nobody else has seen yet, what the device has not been told before."""
-    untold, books.untold = books.untold, Untold()
-    key, token = books.slots.key, books.slots.token
+    untold, key, token = books.untold, books.slots.key, books.slots.token
     native.released_slots[:0] = untold.releases
     native.new_decodes_requests[:0] = [
         task.replace(prefill_token_id=token[task.slot]) for owner, task in untold.joins if key[task.slot] == owner
     ]
     native.decodes_state_page_updates[:0] = [update for owner, update in untold.pages if key[update.slot] == owner]
+    untold.releases.clear()
+    untold.joins.clear()
+    untold.pages.clear()
 
 
 def _count_decodes(books: Books, step: int) -> list[Sequence]:

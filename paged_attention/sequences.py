@@ -29,14 +29,14 @@ class Sequence:
     admission: int = 0
     key: int = NOBODY
     slot: int = NOBODY
-    pages: list[int] = field(default_factory=list[int])
+    pages: list[int] = field(default_factory=list)
     task: GenerationStepTask | None = None
     """What the scheduler holds of it while it joins or runs."""
     fed: int = 0
     """Tokens of `prefill` whose chunks are planned."""
     planned: int = 0
     """Tokens that it yields in steps planned so far; counted in its slot while it has one."""
-    generated: list[int] = field(default_factory=list[int])
+    generated: list[int] = field(default_factory=list)
     """Tokens known to the host, but for those in the slot's history."""
     last_step: int = NOBODY
     """The last step that ran it; while it runs, its slot knows."""
@@ -72,9 +72,9 @@ class Flight:
 class Untold:
     """What the device must still be told: releases since the last plan, and the news of a plan that never ran."""
 
-    releases: list[int] = field(default_factory=list[int])
-    joins: list[tuple[int, GenerationStepTask]] = field(default_factory=list[tuple[int, GenerationStepTask]])
-    pages: list[tuple[int, SlotPageAssignment]] = field(default_factory=list[tuple[int, SlotPageAssignment]])
+    releases: list[int] = field(default_factory=list)
+    joins: list[tuple[int, GenerationStepTask]] = field(default_factory=list)
+    pages: list[tuple[int, SlotPageAssignment]] = field(default_factory=list)
     """Joins and pages come with the key of the admission that they are for."""
 
 

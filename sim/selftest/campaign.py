@@ -138,7 +138,8 @@ def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress
         for name in fate.alone:
             result.sole_killers.setdefault(name, fate.id)
     for invariant in sorted(ACTIVE - result.sole_killers.keys()):
-        pairs = tuple((fate.id, fate.driver) for fate in _likeliest(result.fates, invariant)[:CANDIDATES])
+        likeliest = _likeliest(result.fates, invariant, declared=not host_only)[:CANDIDATES]
+        pairs = tuple((fate.id, fate.driver) for fate in likeliest)
         if pairs:
             jobs[pool.submit(_alone, invariant, pairs)] = f"{invariant} alone"
         elif not host_only:
@@ -152,12 +153,12 @@ def _judge_alone(result: Selftest, pool: ProcessPoolExecutor, progress: Progress
     result.sole_killer_missing.sort()
 
 
-def _likeliest(fates: list[Fate], invariant: str) -> list[Fate]:
-    """Those in which an invariant fires or should, the likeliest first: by nothing that depends on the machine."""
-    named = [fate for fate in fates if invariant in (*fate.fired, *MUTANTS[fate.id].caught_by)]
-    return sorted(
-        named, key=lambda fate: (fate.where != "host", invariant not in MUTANTS[fate.id].caught_by, fate.steps)
-    )
+def _likeliest(fates: list[Fate], invariant: str, *, declared: bool) -> list[Fate]:
+    """Those in which an invariant fires or (`declared`) should, the likeliest first: by nothing that depends on the
+    machine."""
+    told = {fate.id: declared and invariant in MUTANTS[fate.id].caught_by for fate in fates}
+    named = [fate for fate in fates if invariant in fate.fired or told[fate.id]]
+    return sorted(named, key=lambda fate: (fate.where != "host", not told[fate.id], fate.steps))
 
 
 def _alone(invariant: str, candidates: tuple[tuple[str, str], ...]) -> tuple[str, str]:

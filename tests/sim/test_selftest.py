@@ -93,3 +93,16 @@ def test_who_survived_and_what_does_not_replay_stands_in_the_last_lines(capsys: 
     assert survived == "survived: MP01"
     assert other == "another violation, step or hash in a second run: MP04"
     assert verdict.startswith("ASLEEP: 1 of 2")
+
+
+def test_who_is_tried_alone_depends_on_no_clock_and_without_a_device_on_what_fires_only() -> None:
+    fates = [
+        Fate("SEED-10", "device", "O1", "device-int8", 3, 0.1, fired=("O1", "P3")),
+        Fate("MP02", "host", "P1", "host-starved", 7, 9.9, fired=("P1", "P3")),
+        Fate("MP04", "host", "P2", "host-starved", 5, 0.2, fired=("P2", "P3")),
+        Fate("MP01", "host", "P3", "host-starved", 9, 5.0, fired=("P3",)),
+        Fate("MP10", "host", "P6", "host-starved", 2, 0.1, fired=("P6",)),
+    ]
+    assert [fate.id for fate in campaign._likeliest(fates, "P3", declared=True)] == ["MP01", "MP04", "MP02", "SEED-10"]
+    assert [fate.id for fate in campaign._likeliest(fates, "K1", declared=True)] == ["MP10"]
+    assert campaign._likeliest(fates, "K1", declared=False) == []

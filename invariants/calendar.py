@@ -8,28 +8,27 @@ class Calendar:
 
     def __init__(self) -> None:
         self._turn_of: dict[int, int] = {}
-        self._slots: dict[int, list[int]] = {}
-        """By turn, in ascending order of noting; who was noted anew or dropped since stays until the turn is over."""
+        self._slots: dict[int, set[int]] = {}
 
     def note(self, slot: int, turn: int) -> None:
         """A slot is due at `turn`, and at no other."""
+        self.drop(slot)
         self._turn_of[slot] = turn
         if turn in self._slots:
-            self._slots[turn].append(slot)
+            self._slots[turn].add(slot)
         else:
-            self._slots[turn] = [slot]
+            self._slots[turn] = {slot}
 
     def drop(self, slot: int) -> None:
         """A slot is not due."""
-        self._turn_of.pop(slot, None)
+        turn = self._turn_of.pop(slot, None)
+        if turn in self._slots:
+            self._slots[turn].discard(slot)
 
-    def due(self, turn: int) -> list[int]:
-        """The slots that are due at `turn`, ascending."""
-        if turn not in self._slots:
-            return []
-        turn_of = self._turn_of
-        return sorted({slot for slot in self._slots[turn] if turn_of.get(slot) == turn})
+    def due(self, turn: int) -> bool:
+        """Whether any slot is due at `turn`."""
+        return bool(self._slots.get(turn))
 
-    def over(self, turn: int) -> None:
-        """The turn lies behind: nobody asks for it again."""
-        self._slots.pop(turn, None)
+    def take(self, turn: int) -> list[int]:
+        """The slots that are due at `turn`, ascending; the turn lies behind then, and nobody asks for it again."""
+        return sorted(self._slots.pop(turn, ()))

@@ -24,8 +24,8 @@ from invariants.records import Admission, Flight, Live
 from paged_attention import fingerprint
 from paged_attention.plan import EOS_TOKEN, DeclaredPolicy, Request
 
-_ONE = np.array(1, np.int32)
-"""NumPy converts a Python integer anew at each use, which costs more than the addition."""
+_ONE, _ONE_PLACE = np.array(1, np.int32), np.array(1, np.int64)
+"""NumPy converts an integer of another type anew at each use, which costs more than the addition."""
 
 
 class Ledger:
@@ -67,6 +67,8 @@ class Ledger:
         # Lazily backed by the system: only rows that are used cost memory.
         self.tokens = np.zeros((slots, policy.max_sequence_length + 2), np.int32)
         self.flat_tokens, self.flat_table = self.tokens.reshape(-1), self.table.reshape(-1)
+        self._first_place = np.arange(slots) * self.tokens.shape[1] + 1
+        """Where in flat_tokens the token lies that a row at position 0 of each slot yields."""
         self.running = np.zeros(0, np.intp)
         self.running_key = (b"", b"", b"")
         self.start = np.zeros(0, np.int32)
@@ -134,12 +136,12 @@ class Ledger:
             )
             self.start = self.lead.take(self.running) + np.array(self.turn, np.int32)
             self.at = self.place_of(self.running, self.start)
-            self.fed_at = self.at - 1
+            self.fed_at = self.at - _ONE_PLACE
             self._stale = False
 
     def place_of(self, slots: NDArray[np.intp], start: NDArray[np.int32]) -> NDArray[np.int64]:
         """Where in flat_tokens the tokens lie that rows at `start` yield."""
-        return slots * self.tokens.shape[1] + start + 1
+        return self._first_place.take(slots) + start
 
     # ---- following
 
@@ -177,11 +179,10 @@ class Ledger:
 
     def advance(self) -> None:
         """Every running sequence is one token further."""
-        for slot in self.full.due(self.turn):
+        for slot in self.full.take(self.turn):
             self.full.note(slot, self.turn + 1)
-        self.full.over(self.turn)
         self.turn += 1
-        self.start, self.fed_at, self.at = self.start + _ONE, self.at, self.at + _ONE
+        self.start, self.fed_at, self.at = self.start + _ONE, self.at, self.at + _ONE_PLACE
 
     def submit(self, request: Request, now_ns: int) -> Live:
         """Put a new request at the tail of the waiting queue."""

@@ -65,9 +65,8 @@ class RowJudge:
         else:
             progress |= rows > first
             ledger.advance()
-            for slot in ledger.ends.due(ledger.turn):
+            for slot in ledger.ends.take(ledger.turn):
                 self._drain(flight, ledger.occupant[slot])
-            ledger.ends.over(ledger.turn)
         ledger.odd_sizes = False
         if judge:
             self.decode_rows += rows - first

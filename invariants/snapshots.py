@@ -26,7 +26,7 @@ class SnapshotJudge:
         self.ledger = ledger
         self.findings = findings
         self.tables = tables
-        self._every_page = list(range(1, ledger.pool.num_pages))
+        self._every_page = np.arange(1, ledger.pool.num_pages)
 
     def judge(self, snapshot: CoreSnapshot, *, after_failure: bool) -> None:
         """Everything; `after_failure`: an allocation has just failed, so that a difference is also a breach of P9."""
@@ -51,18 +51,22 @@ class SnapshotJudge:
         size = pool.num_pages
         owned = {key: pages.tolist() for key, pages in snapshot.pages.items() if len(pages)}
         free, fenced = snapshot.free.tolist(), snapshot.fenced.tolist()
-        everywhere = [*free, *fenced, *chain.from_iterable(owned.values())]
+        everywhere = np.concatenate((snapshot.free, snapshot.fenced, *snapshot.pages.values()))
         findings.counts["P1"].add(size - 1, size - 1)
         findings.counts["P2"].add(1, 1)
         findings.counts["P3"].add(1, 1)
         findings.counts["P8"].add(len(everywhere), len(everywhere))
-        if sorted(everywhere) != self._every_page:
-            self._judge_partition(free, fenced, everywhere)
+        each_once = np.array_equal(np.sort(everywhere), self._every_page)
+        if not each_once:
+            self._judge_partition(free, fenced, [*free, *fenced, *chain.from_iterable(owned.values())])
         fences = pool.fenced_pages()
-        early = sorted(fences.intersection(free))
+        early = sorted(fences.intersection(free)) if fences else []
         if early:
             self._breach("P11", f"page {early[0]} can be handed out while a step in flight may touch it", early[:16])
-        differences = self._compare("free", set(free), pool.free_pages())
+        differences: list[str] = []
+        # As many different pages as nobody holds, and nobody holds one of them: no sets need be built.
+        if not (each_once and len(free) == pool.num_free and pool.holder.keys().isdisjoint(free)):
+            differences += self._compare("free", set(free), pool.free_pages())
         differences += self._compare("fenced", set(fenced), fences)
         mine = {
             (a.request, a.number): a.pages
@@ -131,7 +135,7 @@ class SnapshotJudge:
 
     def _order(self, snapshot: CoreSnapshot) -> None:
         expected, found = self.ledger.pool.order.listing(), snapshot.free.tolist()
-        if expected is None or set(expected) != set(found):
+        if expected is None or (expected != found and set(expected) != set(found)):
             return
         self.findings.counts["P13"].add(1, 1 if len(expected) > 1 else 0)
         if expected != found:

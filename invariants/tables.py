@@ -72,8 +72,7 @@ class TableJudge:
     def judge_row(self, admission: Admission, row: Int32[ndarray, " pages"], written: int, where: str) -> None:
         """T1: the row begins with the admission's pages; T2: dummies follow; P7: what is written did not move."""
         held = len(admission.pages)
-        entries: list[int] = row.tolist()
-        head, tail = entries[:held], entries[held:]
+        head: list[int] = row[:held].tolist()
         who = f"request {admission.request}, admission {admission.number}"
         if head != admission.pages:
             at = next((i for i, (a, b) in enumerate(zip(head, admission.pages, strict=False)) if a != b), len(head))
@@ -105,10 +104,11 @@ class TableJudge:
                     expected=admission.pages,
                     found=head,
                 )
-        self._judge_tail(tail, held, who, admission.request, where)
+        self._judge_tail(row[held:], held, who, admission.request, where)
 
-    def _judge_tail(self, tail: list[int], held: int, who: str, request: int, where: str) -> None:
-        if any(tail):
+    def _judge_tail(self, rest: Int32[ndarray, " pages"], held: int, who: str, request: int, where: str) -> None:
+        if np.count_nonzero(rest):
+            tail: list[int] = rest.tolist()
             at = next(i for i, page in enumerate(tail) if page)
             self.findings.breach(
                 "T2",
@@ -174,7 +174,7 @@ class TableJudge:
                 counts["T2"].add(1, 1)
                 if device and self._is_stale(slot, [], rows[i], slot in changed):
                     continue
-                self._judge_tail(rows[i].tolist(), 0, f"slot {slot}, which is free,", -1, where)
+                self._judge_tail(rows[i], 0, f"slot {slot}, which is free,", -1, where)
                 self._judge_position(slot, -1, position, {-1}, where)
                 continue
             if live.state != "running" or (device and slot not in in_step):

@@ -12,7 +12,9 @@ class Calendar:
 
     def note(self, slot: int, turn: int) -> None:
         """A slot is due at `turn`, and at no other."""
-        self.drop(slot)
+        before = self._turn_of.get(slot)
+        if before in self._slots:
+            self._slots[before].discard(slot)
         self._turn_of[slot] = turn
         if turn in self._slots:
             self._slots[turn].add(slot)

@@ -131,17 +131,17 @@ class Ledger:
             self.running = self.active.nonzero()[0]
             self.running_key = (
                 self.running.astype(np.int32).tobytes(),
-                self.request.take(self.running).tobytes(),
-                self.admission.take(self.running).tobytes(),
+                self.request[self.running].tobytes(),
+                self.admission[self.running].tobytes(),
             )
-            self.start = self.lead.take(self.running) + np.array(self.turn, np.int32)
+            self.start = self.lead[self.running] + np.array(self.turn, np.int32)
             self.at = self.place_of(self.running, self.start)
             self.fed_at = self.at - _ONE_PLACE
             self._stale = False
 
     def place_of(self, slots: NDArray[np.intp], start: NDArray[np.int32]) -> NDArray[np.int64]:
         """Where in flat_tokens the tokens lie that rows at `start` yield."""
-        return self._first_place.take(slots) + start
+        return self._first_place[slots] + start
 
     # ---- following
 

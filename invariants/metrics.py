@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,7 @@ class Totals:
     """What plots are drawn from, one entry for each completed step (M8); None: nothing is drawn."""
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """The times and tokens of a request that is gone: as recorded, or as seen by the auditor."""
 
     arrival_ns: int

@@ -27,7 +27,7 @@ class OutputJudge:
     def __init__(self, ledger: Ledger, findings: Findings) -> None:
         self.ledger = ledger
         self.findings = findings
-        self.zeros = np.zeros(ledger.policy.batch_size, np.int32)
+        self.no_ends = bytes(4 * ledger.policy.batch_size)
         self.rows = 0
         """Decode rows judged so far, all at once."""
         self.due: dict[int, tuple[Live, frozenset[str]]] = {}
@@ -39,7 +39,7 @@ class OutputJudge:
         """Judge the tokens of a step, and note whose EOS is among them."""
         flight.outcome = outcome
         plan, first = flight.plan, flight.first
-        rows = plan.num_rows
+        rows = len(plan.request)
         if len(outcome.token) != rows or len(outcome.eos) != rows:
             self.findings.breach(
                 "O10",
@@ -91,12 +91,10 @@ class OutputJudge:
         token, eos = outcome.token[first:], outcome.eos[first:]
         if len(slots) != len(token):
             return []  # Rows of strangers are among them: their judge has spoken, and whose token is whose is unknown.
-        expected = ledger.flat_tokens.take(at)
+        expected = ledger.flat_tokens[at]
         words = token.tobytes()
         # Four zero bytes are an EOS, or two neighbours that look like one: then the careful way decides.
-        plain = (
-            words == expected.tobytes() and NO_TOKEN not in words and eos.tobytes() == self.zeros[: len(eos)].tobytes()
-        )
+        plain = words == expected.tobytes() and NO_TOKEN not in words and eos.tobytes() == self.no_ends[: len(words)]
         if plain and flight.joins == ledger.joins and ledger.vocab_size is not None:
             ledger.seen = (at, words)
             return []

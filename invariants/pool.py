@@ -116,9 +116,8 @@ class Pool:
             return True
         if tuple(islice(queue, len(pages))) != pages:
             return False
-        self.holder.update(dict.fromkeys(pages, admission))
         for _ in pages:
-            queue.popleft()
+            self.holder[queue.popleft()] = admission
         return True
 
     def hold(self, admission: Admission, pages: Iterable[int]) -> None:

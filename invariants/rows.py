@@ -25,6 +25,9 @@ PREFILL_FAMILY = ("S1", "S2", "S3", "S4", "S5", "S8", "P6", "T1", "T2")
 
 NOWHERE = np.zeros(0, np.int64)
 
+IN_PREFILL, RUNNING = frozenset({"prefill"}), frozenset({"running"})
+"""In which states a request may have a prefill row, and in which a decode row."""
+
 
 class RowJudge:
     """Judges rows and moves the ledger one step on."""
@@ -35,8 +38,8 @@ class RowJudge:
         self.tables = tables
         self.pages = pages
         slots = ledger.policy.batch_size
-        self.ones = np.ones(slots, np.int32)
-        self.unknown = np.full(slots, UNKNOWN_TOKEN, np.int32)
+        self.ones = np.ones(slots, np.int32).tobytes()
+        self.unknown = np.full(slots, UNKNOWN_TOKEN, np.int32).tobytes()
         # Under lag a decode's token may still be on the device; a foreign log may leave its tokens out.
         self.unknown_allowed = ledger.policy.lag > 0 or ledger.vocab_size is None
         self.decode_rows = 0
@@ -49,7 +52,7 @@ class RowJudge:
     def follow(self, plan: StepPlan, *, judge: bool) -> tuple[Flight, bool]:
         """Judge the rows (unless this is a step that is only followed); the flight, and whether anyone got further."""
         ledger = self.ledger
-        rows, first, tokens_at = plan.num_rows, 0, 0
+        rows, first, tokens_at = len(plan.request), 0, 0
         ledger.refresh()
         running = ledger.running
         flight = Flight(plan, [], 0, running, ledger.start, ledger.at, ledger.joins, [])
@@ -93,7 +96,7 @@ class RowJudge:
             return False
         if not judge:
             return True
-        ones = self.ones[: len(start)].tobytes()
+        ones = self.ones[: len(slots)]
         if (
             plan.request[first:].tobytes() != request
             or plan.admission[first:].tobytes() != admission
@@ -102,11 +105,11 @@ class RowJudge:
         ):
             return False
         fed = plan.tokens[tokens_at:]
-        if not self.unknown_allowed or fed.tobytes() != self.unknown[: len(start)].tobytes():
+        if not self.unknown_allowed or fed.tobytes() != self.unknown[: len(slots)]:
             at, words = ledger.seen
             # What the step before yielded is fed now, unless somebody came or went between.
             if at is not ledger.fed_at or fed.tobytes() != words:
-                mine = ledger.flat_tokens.take(ledger.fed_at)
+                mine = ledger.flat_tokens[ledger.fed_at]
                 if fed.tobytes() != mine.tobytes():
                     seen = fed != UNKNOWN_TOKEN
                     if not self.unknown_allowed or (fed[seen] != mine[seen]).any():
@@ -126,7 +129,7 @@ class RowJudge:
         """Judge and follow a prefill row; whether the request got further than ever."""
         plan, ledger = flight.plan, self.ledger
         start, count = plan.start.item(row), plan.count.item(row)
-        found = self._whose(plan, row, frozenset({"prefill"}))
+        found = self._whose(plan, row, IN_PREFILL)
         if found is None:
             return False
         live, admission = found
@@ -154,7 +157,7 @@ class RowJudge:
         starts: list[int] = []
         progress = False
         for row in range(first, plan.num_rows):
-            found = self._whose(plan, row, frozenset({"running"}))
+            found = self._whose(plan, row, RUNNING)
             if found is not None:
                 live, admission = found
                 self._judge_row(flight, row, live, admission, tokens_at)

@@ -47,10 +47,13 @@ class ScheduleJudge:
     def well_formed(self, plan: StepPlan) -> bool:
         """S1: arrays of one length, within the budget; False: its rows cannot be read."""
         rows, tokens = len(plan.request), len(plan.tokens)
-        each = (plan.admission, plan.slot, plan.start, plan.count, plan.samples, plan.num_pages, plan.table)
-        lengths = {rows, *map(len, each)}
+        of_one_length = rows == len(plan.admission) == len(plan.slot) == len(plan.start) == len(
+            plan.count
+        ) and rows == len(plan.samples) == len(plan.num_pages) == len(plan.table)
         counted = sum(plan.count.tolist())
-        if len(lengths) > 1 or plan.table.ndim != 2 or counted != tokens:
+        if not of_one_length or plan.table.ndim != 2 or counted != tokens:
+            each = (plan.admission, plan.slot, plan.start, plan.count, plan.samples, plan.num_pages, plan.table)
+            lengths = {rows, *map(len, each)}
             for name in ("S1", "S8") if counted != tokens else ("S1",):
                 self.findings.breach(
                     name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from zlib import crc32
 
@@ -21,7 +20,7 @@ class SeriesLog:
     def __init__(self, columns: tuple[str, ...]) -> None:
         self.columns = columns
         self.rows = 0
-        self._tail: array[int] = array("q")
+        self._tail: list[int] = []
         self._sums: list[list[int]] = []
 
     def note(self, row: tuple[int, ...]) -> None:
@@ -30,7 +29,7 @@ class SeriesLog:
         self.rows += 1
         if self.rows % BLOCK == 0:
             self._sums.append(_checksums(self._block()))
-            del self._tail[:]
+            self._tail.clear()
 
     def _block(self) -> Int64[ndarray, "steps columns"]:
         return np.array(self._tail, np.int64).reshape(-1, len(self.columns))

@@ -126,7 +126,7 @@ class TableJudge:
         ledger = self.ledger
         if ledger.odd_sizes or ledger.full.due(ledger.turn):
             return False
-        counts = ledger.num_pages.take(ledger.running)
+        counts = ledger.num_pages[ledger.running]
         if counts.tobytes() != plan.num_pages[first:].tobytes():
             return False
         if plan.step % WHOLE_TABLE_EVERY == 0 and (start // self.page_size + self.one).tobytes() != counts.tobytes():
@@ -139,12 +139,12 @@ class TableJudge:
             return False
         if len(slots) * width <= SMALL_TABLE or plan.step % WHOLE_TABLE_EVERY == 0:
             return ledger.table.take(slots, axis=0)[:, :width].tobytes() == plan.table[first:].tobytes()
-        shape = (plan.num_rows, width, first)
+        shape = (len(plan.table), width, first)
         if self.shape != shape:
-            self.shape, self.before = shape, np.arange(first, plan.num_rows) * width - 1
+            self.shape, self.before = shape, np.arange(first * width - 1, len(plan.table) * width - 1, width)
         # Clipped: a table too narrow for its own num_pages shows another page, and is then judged row by row.
         told = plan.table.reshape(-1).take(self.before + counts, mode="clip")
-        return told.tobytes() == ledger.newest_page.take(slots).tobytes()
+        return told.tobytes() == ledger.newest_page[slots].tobytes()
 
     # ---- the batch on the host or on the device
 
@@ -167,9 +167,9 @@ class TableJudge:
         ledger, counts = self.ledger, self.findings.counts
         where = "on the device" if device else "in the host batch"
         each: list[int] = slots.tolist()
+        stands: list[int] = positions.tolist()
         for i, slot in enumerate(each):
-            live = ledger.occupant[slot]
-            position = int(positions[i])
+            live, position = ledger.occupant[slot], stands[i]
             if live is None or live.admission is None:
                 counts["T2"].add(1, 1)
                 if device and self._is_stale(slot, [], rows[i], slot in changed):

@@ -246,8 +246,10 @@ class Auditor:
                     self._metrics.first_token(live, now_ns)
         if flight.draining or flight.eos:
             self._outputs.begin_apply(flight)
-        self._pages.begin_apply(flight.eos)
-        self._life.follow(effects, "apply")
+        if flight.eos or self._pages.next_due:
+            self._pages.begin_apply(flight.eos)
+        if effects:
+            self._life.follow(effects, "apply")
         if self._outputs.due:
             self._outputs.end_apply()
         if self._pages.due or self._ledger.pool.fences:

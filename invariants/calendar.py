@@ -12,14 +12,14 @@ class Calendar:
 
     def note(self, slot: int, turn: int) -> None:
         """A slot is due at `turn`, and at no other."""
-        before = self._turn_of.get(slot)
-        if before in self._slots:
-            self._slots[before].discard(slot)
+        before, slots = self._turn_of.get(slot), self._slots
+        if before in slots:
+            slots[before].discard(slot)
         self._turn_of[slot] = turn
-        if turn in self._slots:
-            self._slots[turn].add(slot)
+        if turn in slots:
+            slots[turn].add(slot)
         else:
-            self._slots[turn] = {slot}
+            slots[turn] = {slot}
 
     def drop(self, slot: int) -> None:
         """A slot is not due."""
@@ -33,4 +33,5 @@ class Calendar:
 
     def take(self, turn: int) -> list[int]:
         """The slots that are due at `turn`, ascending; the turn lies behind then, and nobody asks for it again."""
-        return sorted(self._slots.pop(turn, ()))
+        slots = self._slots.pop(turn, None)
+        return sorted(slots) if slots else []

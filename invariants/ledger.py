@@ -81,7 +81,8 @@ class Ledger:
         """The newest outcome that was as expected: where its tokens lie, and what they are."""
         self.joins = 0
         """How often any slot was taken: while it stands still, slots keep their occupants' rows."""
-        self._stale = False
+        self.stale = False
+        """Somebody began or ceased to run since `refresh`."""
 
     # ---- reading
 
@@ -127,17 +128,16 @@ class Ledger:
 
     def refresh(self) -> None:
         """Bring `running` (the slots that decode, ascending) and its identity up to date."""
-        if self._stale:
-            self.running = self.active.nonzero()[0]
-            self.running_key = (
-                self.running.astype(np.int32).tobytes(),
-                self.request[self.running].tobytes(),
-                self.admission[self.running].tobytes(),
-            )
-            self.start = self.lead[self.running] + np.array(self.turn, np.int32)
-            self.at = self.place_of(self.running, self.start)
-            self.fed_at = self.at - _ONE_PLACE
-            self._stale = False
+        self.running = self.active.nonzero()[0]
+        self.running_key = (
+            self.running.astype(np.int32).tobytes(),
+            self.request[self.running].tobytes(),
+            self.admission[self.running].tobytes(),
+        )
+        self.start = self.lead[self.running] + np.array(self.turn, np.int32)
+        self.at = self.place_of(self.running, self.start)
+        self.fed_at = self.at - _ONE_PLACE
+        self.stale = False
 
     def place_of(self, slots: NDArray[np.intp], start: NDArray[np.int32]) -> NDArray[np.int64]:
         """Where in flat_tokens the tokens lie that rows at `start` yield."""
@@ -159,7 +159,7 @@ class Ledger:
         self.lead[slot] = lead = position - self.turn
         self.ends.note(slot, live.last - lead)
         self._note_full(slot, self.num_pages.item(slot))
-        self._stale = True
+        self.stale = True
 
     def halt(self, slot: int) -> None:
         """The sequence in a slot runs no further."""
@@ -167,7 +167,7 @@ class Ledger:
         self.active[slot] = 0
         self.ends.drop(slot)
         self.full.drop(slot)
-        self._stale = True
+        self.stale = True
 
     def _note_full(self, slot: int, pages: int) -> None:
         now, turn = self.turn, pages * self.page_size - self.lead.item(slot)
@@ -255,7 +255,7 @@ class Ledger:
         """Append pages to an admission's list, and to its row."""
         mine, slot = admission.pages, admission.slot
         count = len(mine)
-        mine.extend(pages)
+        mine += pages
         if slot < 0 or not pages:
             return
         if len(pages) == 1 and count < self.width:

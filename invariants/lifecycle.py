@@ -187,8 +187,6 @@ class LifeJudge:
 
     def follow(self, effects: Sequence[Effect], call: Call) -> None:
         """Judge effects in their order, and let the ledger follow."""
-        if not effects:
-            return
         self.moves += len(effects)
         for effect in effects:
             kind = effect.kind

@@ -18,6 +18,7 @@ class PageJudge:
 
     def __init__(self, ledger: Ledger, findings: Findings) -> None:
         self.ledger = ledger
+        self.pool = ledger.pool
         self.findings = findings
         self.granted_pages = self.fence_pages = self.grants = self.growths = 0
         self.due: dict[int, Admission] = {}
@@ -27,7 +28,7 @@ class PageJudge:
 
     def allocated(self, effect: Effect, admission: Admission) -> None:
         """`pages` go to an admission that may hold pages."""
-        pool, pages = self.ledger.pool, effect.pages
+        pool, pages = self.pool, effect.pages
         size, held = len(pages), len(admission.pages)
         self.granted_pages += size
         self.grants += 1

@@ -53,7 +53,8 @@ class RowJudge:
         """Judge the rows (unless this is a step that is only followed); the flight, and whether anyone got further."""
         ledger = self.ledger
         rows, first, tokens_at = len(plan.request), 0, 0
-        ledger.refresh()
+        if ledger.stale:
+            ledger.refresh()
         running = ledger.running
         flight = Flight(plan, [], 0, running, ledger.start, ledger.at, ledger.joins, [])
         progress = False
@@ -268,25 +269,26 @@ class RowJudge:
                 expected=f"at most {min(known, ledger.policy.max_sequence_length)} tokens",
                 found=f"{start + count} tokens",
             )
-        self._judge_sampling(plan, live, admission, start + count == known, samples)
+        last = start + count == known
+        if samples != int(last):
+            self._wrong_sampling(plan, live, admission, last, samples)
         self._judge_tokens(plan, live, admission, row, plan.tokens[tokens_at : tokens_at + max(count, 0)])
         where = f"in step {plan.step}"
         self.tables.judge_size(admission, start + count, plan.num_pages.item(row), where)
         if self.tables.tables_on:
             self.tables.judge_row(admission, plan.table[row], done, where)
 
-    def _judge_sampling(self, plan: StepPlan, live: Live, admission: Admission, last: bool, samples: int) -> None:
-        if samples != int(last):
-            why = "it does not reach its last known token" if not last else "it reaches its last known token"
-            for name in ("S3", "R2") if admission.number > 1 else ("S3",):
-                self.findings.breach(
-                    name,
-                    f"request {live.id}, admission {admission.number}, yields {samples} tokens in step {plan.step},"
-                    f" though {why}",
-                    requests=(live.id,),
-                    expected=f"{int(last)} tokens",
-                    found=f"{samples} tokens",
-                )
+    def _wrong_sampling(self, plan: StepPlan, live: Live, admission: Admission, last: bool, samples: int) -> None:
+        why = "it does not reach its last known token" if not last else "it reaches its last known token"
+        for name in ("S3", "R2") if admission.number > 1 else ("S3",):
+            self.findings.breach(
+                name,
+                f"request {live.id}, admission {admission.number}, yields {samples} tokens in step {plan.step},"
+                f" though {why}",
+                requests=(live.id,),
+                expected=f"{int(last)} tokens",
+                found=f"{samples} tokens",
+            )
 
     def _judge_tokens(
         self, plan: StepPlan, live: Live, admission: Admission, row: int, fed: Int32[ndarray, " tokens"]

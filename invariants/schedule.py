@@ -136,7 +136,7 @@ class ScheduleJudge:
         if policy.admission_pages != "any" and had < need:
             problem = f"it needs {need} pages and {had} could be had"
         # A short prompt may have run whole in this very plan: then it waits for its slot already.
-        before = len(ledger.joining.keys() - {live.id}) + len(ledger.prefill.keys() - {live.id})
+        before = len(ledger.joining) + len(ledger.prefill) - (live.id in ledger.joining) - (live.id in ledger.prefill)
         if self._needs_slot(live) and ledger.num_free_slots - before < 1:
             problem = f"{ledger.num_free_slots} slots are free and {before} requests are before it"
         if active > policy.max_prefill_rows:

@@ -143,7 +143,7 @@ class TableJudge:
         if self.shape != shape:
             self.shape, self.before = shape, np.arange(first * width - 1, len(plan.table) * width - 1, width)
         # Clipped: a table too narrow for its own num_pages shows another page, and is then judged row by row.
-        told = plan.table.reshape(-1).take(self.before + counts, mode="clip")
+        told = plan.table.take(self.before + counts, mode="clip")
         return told.tobytes() == ledger.newest_page[slots].tobytes()
 
     # ---- the batch on the host or on the device

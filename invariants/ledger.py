@@ -163,11 +163,12 @@ class Ledger:
 
     def halt(self, slot: int) -> None:
         """The sequence in a slot runs no further."""
-        self.lead[slot] = self.position_of(slot)
-        self.active[slot] = 0
-        self.ends.drop(slot)
-        self.full.drop(slot)
-        self.stale = True
+        if self.active.item(slot):
+            self.lead[slot] = self.position_of(slot)
+            self.active[slot] = 0
+            self.ends.drop(slot)
+            self.full.drop(slot)
+            self.stale = True
 
     def _note_full(self, slot: int, pages: int) -> None:
         now, turn = self.turn, pages * self.page_size - self.lead.item(slot)

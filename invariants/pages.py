@@ -44,7 +44,7 @@ class PageJudge:
 
     def _judge_grant(self, effect: Effect, admission: Admission) -> None:
         """A grant that is not simply the next pages in turn."""
-        pool, pages = self.ledger.pool, effect.pages
+        pool, pages = self.pool, effect.pages
         size = len(pages)
         who = f"request {effect.request}, admission {effect.admission}"
         in_range = min(pages) > 0 and max(pages) < pool.num_pages
@@ -98,7 +98,7 @@ class PageJudge:
                 expected="pages from 1 on",
                 found="page 0",
             )
-        limit = self.ledger.pool.num_pages
+        limit = self.pool.num_pages
         outside = [p for p in effect.pages if not 0 <= p < limit]
         if outside:
             self.findings.breach(
@@ -111,7 +111,7 @@ class PageJudge:
             )
 
     def _not_free(self, pages: tuple[int, ...], who: str, effect: Effect) -> None:
-        pool = self.ledger.pool
+        pool = self.pool
         seen: set[int] = set()
         for page in pages:
             owner = pool.holder.get(page)
@@ -144,8 +144,7 @@ class PageJudge:
 
     def freed(self, effect: Effect, admission: Admission | None) -> None:
         """An admission gives back every page and its slot."""
-        count, pool = self.findings.counts, self.ledger.pool
-        who = f"request {effect.request}, admission {effect.admission}"
+        count, pool = self.findings.counts, self.pool
         size = len(effect.pages)
         count["P5"].add(size, size)
         count["P10"].add(1, 1)
@@ -156,14 +155,14 @@ class PageJudge:
         if admission.request not in self.due and admission.request not in self.next_due:
             self.findings.breach(
                 "S7",
-                f"{who} gave back its pages although it was neither preempted, cancelled nor at its end",
+                f"{admission} gave back its pages although it was neither preempted, cancelled nor at its end",
                 requests=(effect.request,),
                 pages=effect.pages,
                 expected="a release only after an end, a preemption or a cancel",
                 found="freed",
             )
         if list(effect.pages) != admission.pages:
-            self._wrong_list(effect, admission, who)
+            self._wrong_list(effect, admission)
         pool.release(
             admission,
             effect.pages,
@@ -172,10 +171,10 @@ class PageJudge:
         self.due.pop(admission.request, None)
         self.next_due.pop(admission.request, None)
 
-    def _wrong_list(self, effect: Effect, admission: Admission, who: str) -> None:
+    def _wrong_list(self, effect: Effect, admission: Admission) -> None:
         mine, told = set(admission.pages), set(effect.pages)
-        if not all(0 < p < self.ledger.pool.num_pages for p in told):
-            self._out_of_range("given back by", who, effect)
+        if not all(0 < p < self.pool.num_pages for p in told):
+            self._out_of_range("given back by", str(admission), effect)
         if told - mine:
             self._not_owner(sorted(told - mine), effect, "which does not hold them")
         if len(told) != len(effect.pages):
@@ -185,7 +184,7 @@ class PageJudge:
         if forgotten:
             self.findings.breach(
                 "P10",
-                f"{who} ended its stay without giving back page {forgotten[0]}"
+                f"{admission} ended its stay without giving back page {forgotten[0]}"
                 + (f" and {len(forgotten) - 1} more" if len(forgotten) > 1 else ""),
                 requests=(effect.request,),
                 pages=forgotten,
@@ -195,7 +194,7 @@ class PageJudge:
         elif told == mine and len(told) == len(effect.pages):
             self.findings.breach(
                 "P13",
-                f"{who} gave back its pages out of logical order",
+                f"{admission} gave back its pages out of logical order",
                 requests=(effect.request,),
                 pages=effect.pages,
                 expected=admission.pages,
@@ -204,7 +203,7 @@ class PageJudge:
 
     def _not_owner(self, pages: tuple[int, ...] | list[int], effect: Effect, why: str) -> None:
         who = f"request {effect.request}, admission {effect.admission}"
-        owner = self.ledger.pool.holder.get(pages[0]) if pages else None
+        owner = self.pool.holder.get(pages[0]) if pages else None
         now = f"request {owner.request}, admission {owner.number}" if owner is not None else "nobody"
         self.findings.breach(
             "P5",
@@ -218,7 +217,7 @@ class PageJudge:
 
     def unfenced(self, effect: Effect) -> None:
         """Pages leave the fence of a released admission."""
-        pool, count = self.ledger.pool, self.findings.counts
+        pool, count = self.pool, self.findings.counts
         key = (effect.request, effect.admission)
         size = len(effect.pages)
         count["P11"].add(size, size)
@@ -267,7 +266,7 @@ class PageJudge:
         self.due.clear()
         if not fences:
             return
-        for (request, number), (admission, pages) in list(self.ledger.pool.fences.items()):
+        for (request, number), (admission, pages) in list(self.pool.fences.items()):
             if not self.ledger.touched_in_flight(admission):
                 self.findings.breach(
                     "P10",
@@ -277,7 +276,7 @@ class PageJudge:
                     expected="unfenced in this call",
                     found="fenced",
                 )
-                self.ledger.pool.unfence((request, number), list(pages))
+                self.pool.unfence((request, number), list(pages))
 
     def due_next(self, admission: Admission) -> None:
         """The last row of an admission is planned: it gives back what it holds at the next apply."""

@@ -33,6 +33,10 @@ class Admission:
     tokens: Cells | None = None
     """What its tokens are at each position, once it was asked for."""
 
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"request {self.request}, admission {self.number}"
+
 
 @dataclass(slots=True, eq=False)
 class Live:

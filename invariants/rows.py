@@ -230,14 +230,13 @@ class RowJudge:
         start, count, samples, slot = item
         done = ledger.computed(admission)
         known = ledger.known_tokens(live)
-        who = f"request {live.id}, admission {admission.number}"
         if slot < 0:
             self.prefill_rows += 1
             self.resumed_rows += admission.number > 1
         if slot != admission.slot:
             findings.breach(
                 "T3",
-                f"{who} runs in slot {slot} of step {plan.step}, but it holds slot {admission.slot}",
+                f"{admission} runs in slot {slot} of step {plan.step}, but it holds slot {admission.slot}",
                 requests=(live.id,),
                 expected=f"slot {admission.slot}",
                 found=f"slot {slot}",
@@ -246,7 +245,8 @@ class RowJudge:
             for name in ("S2", "R1") if admission.number > 1 and done == 0 else ("S2",):
                 findings.breach(
                     name,
-                    f"{who} starts at position {start} in step {plan.step}, but {done} of its tokens are computed",
+                    f"{admission} starts at position {start} in step {plan.step}, but {done} of its tokens are"
+                    " computed",
                     requests=(live.id,),
                     expected=f"start {done}",
                     found=f"start {start}",
@@ -255,7 +255,7 @@ class RowJudge:
         if count < 1 or (slot < 0 and count > chunk):
             findings.breach(
                 "S1",
-                f"the row of {who} in step {plan.step} has {count} tokens",
+                f"the row of {admission} in step {plan.step} has {count} tokens",
                 requests=(live.id,),
                 expected=f"1 to {chunk} tokens" if slot < 0 else "1 token",
                 found=f"{count} tokens",
@@ -263,8 +263,8 @@ class RowJudge:
         if start + count > known or start + count > ledger.policy.max_sequence_length:
             findings.breach(
                 "S4",
-                f"{who} runs up to position {start + count - 1} in step {plan.step}, but {known} tokens are known and"
-                f" the maximum length is {ledger.policy.max_sequence_length}",
+                f"{admission} runs up to position {start + count - 1} in step {plan.step}, but {known} tokens are known"
+                f" and the maximum length is {ledger.policy.max_sequence_length}",
                 requests=(live.id,),
                 expected=f"at most {min(known, ledger.policy.max_sequence_length)} tokens",
                 found=f"{start + count} tokens",

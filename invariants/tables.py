@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
+from numpy.typing import NDArray
 
 from invariants.findings import Findings
 from invariants.ledger import Ledger
@@ -28,7 +29,7 @@ class TableJudge:
         self.page_size, self.one = np.array(ledger.page_size, np.int32), np.array(1, np.int32)
         self.shape = (0, 0, 0)
         """Rows, width and first decode row of the newest table that was large."""
-        self.before = np.zeros(0, np.intp)
+        self.before: NDArray[np.intp] = np.zeros(0, np.intp)
         """Which entry comes before each decode row of such a table."""
         self.tables_on = findings.any_on(("T1", "T2", "P7"))
 
@@ -40,11 +41,10 @@ class TableJudge:
         held = len(admission.pages)
         need = ledger.pages_for(max(end, admission.high))
         most = ledger.pages_for(max(end, admission.high) + ledger.policy.lookahead)
-        who = f"request {admission.request}, admission {admission.number}"
         if not need <= held <= most:
             findings.breach(
                 "P6",
-                f"{who} holds {held} pages for {end} tokens {where}",
+                f"{admission} holds {held} pages for {end} tokens {where}",
                 requests=(admission.request,),
                 pages=admission.pages,
                 expected=f"{need} pages" if need == most else f"{need} to {most} pages",
@@ -53,7 +53,7 @@ class TableJudge:
         if held * ledger.page_size < end or (rows_pages is not None and rows_pages * ledger.page_size < end):
             findings.breach(
                 "S5",
-                f"{who} writes up to position {end - 1} {where}, beyond its {held} pages",
+                f"{admission} writes up to position {end - 1} {where}, beyond its {held} pages",
                 requests=(admission.request,),
                 pages=admission.pages,
                 expected=f"{ledger.pages_for(end)} pages",
@@ -62,7 +62,7 @@ class TableJudge:
         if rows_pages is not None and rows_pages != held:
             findings.breach(
                 "T1",
-                f"{who} holds {held} pages, but its row {where} counts {rows_pages}",
+                f"{admission} holds {held} pages, but its row {where} counts {rows_pages}",
                 requests=(admission.request,),
                 pages=admission.pages,
                 expected=held,
@@ -73,13 +73,12 @@ class TableJudge:
         """T1: the row begins with the admission's pages; T2: dummies follow; P7: what is written did not move."""
         held = len(admission.pages)
         head: list[int] = row[:held].tolist()
-        who = f"request {admission.request}, admission {admission.number}"
         if head != admission.pages:
             at = next((i for i, (a, b) in enumerate(zip(head, admission.pages, strict=False)) if a != b), len(head))
             found = head[at] if at < len(head) else "nothing"
             self.findings.breach(
                 "T1",
-                f"logical page {at} of {who} is page {found} {where}, but the page it was given is"
+                f"logical page {at} of {admission} is page {found} {where}, but the page it was given is"
                 f" {admission.pages[at]}",
                 requests=(admission.request,),
                 pages=(admission.pages[at],),
@@ -89,7 +88,7 @@ class TableJudge:
             if at * self.ledger.page_size < written:
                 self.findings.breach(
                     "P7",
-                    f"logical page {at} of {who}, already written, became page {found} {where}",
+                    f"logical page {at} of {admission}, already written, became page {found} {where}",
                     requests=(admission.request,),
                     pages=(admission.pages[at],),
                     expected=f"page {admission.pages[at]}",
@@ -98,15 +97,17 @@ class TableJudge:
             if DUMMY_PAGE in head:
                 self.findings.breach(
                     "P3",
-                    f"the dummy page lies within the used part of the row of {who} {where}",
+                    f"the dummy page lies within the used part of the row of {admission} {where}",
                     requests=(admission.request,),
                     pages=(DUMMY_PAGE,),
                     expected=admission.pages,
                     found=head,
                 )
-        self._judge_tail(row[held:], held, who, admission.request, where)
+        self._judge_tail(row[held:], held, admission, admission.request, where)
 
-    def _judge_tail(self, rest: Int32[ndarray, " pages"], held: int, who: str, request: int, where: str) -> None:
+    def _judge_tail(
+        self, rest: Int32[ndarray, " pages"], held: int, who: Admission | str, request: int, where: str
+    ) -> None:
         if np.count_nonzero(rest):
             tail: list[int] = rest.tolist()
             at = next(i for i, page in enumerate(tail) if page)
@@ -141,7 +142,8 @@ class TableJudge:
             return ledger.table.take(slots, axis=0)[:, :width].tobytes() == plan.table[first:].tobytes()
         shape = (len(plan.table), width, first)
         if self.shape != shape:
-            self.shape, self.before = shape, np.arange(first * width - 1, len(plan.table) * width - 1, width)
+            self.shape = shape
+            self.before = np.arange(first * width - 1, len(plan.table) * width - 1, width, dtype=np.intp)
         # Clipped: a table too narrow for its own num_pages shows another page, and is then judged row by row.
         told = plan.table.take(self.before + counts, mode="clip")
         return told.tobytes() == ledger.newest_page[slots].tobytes()

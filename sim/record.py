@@ -295,7 +295,8 @@ class Recorder:
         """Take in a step in which other rows yielded than in the last one."""
         before = self._streaming
         yielded: set[int] = set(rows.tolist())
-        self._leave(before - yielded)
+        if gone := before - yielded:
+            self._leave(gone)
         came = yielded - before
         if len(came) < len(yielded):
             self.itl_gaps[now_ns - self._last_end_ns] += len(yielded) - len(came)
@@ -319,9 +320,10 @@ class Recorder:
             kind = effect.kind
             if kind == "allocated":
                 pages = effect.pages
-                moves += (now_ns, effect.request, len(pages))
+                count = len(pages)
+                moves += (now_ns, effect.request, count)
                 ids += pages
-                self.pages_owned += len(pages)
+                self.pages_owned += count
             elif kind == "freed":
                 self._freed(now_ns, effect)
             elif kind == "unfenced":

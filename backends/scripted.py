@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from jaxtyping import Bool, Int32, UInt32
 from numpy import add, bitwise_xor, multiply, remainder
@@ -30,7 +32,6 @@ class TokenScript:
         positions = np.arange(max_sequence_length + 1, dtype=np.uint32)
         self._mixed_position: UInt32[np.ndarray, " positions"] = mix32(positions + np.uint32(GOLDEN))
         self._num_words = np.array(vocab_size - 1, np.uint32)
-        self._no_eos = _read_only(np.zeros(0, np.int32))
         self._endless: Int32[np.ndarray, " rows"] | None = None
         """EOS positions of rows that no EOS ends, as of the newest plan of that kind."""
         self._all_sample: Int32[np.ndarray, " rows"] | None = None
@@ -42,7 +43,7 @@ class TokenScript:
         """The token at each position of a request with this sampling seed."""
         # In place and with constants of rank 0: small arrays cost by the call, and this runs once a step. As an index,
         # int32 costs several times what intp does.
-        x = self._mixed_position.take(position.astype(np.intp))
+        x = self._mixed_position[position.astype(np.intp)]
         bitwise_xor(x, seed, x)
         multiply(x, FACTOR, x)
         remainder(x, self._num_words, x)
@@ -63,9 +64,8 @@ class TokenScript:
                 self._all_sample = plan.samples
             else:
                 token[plan.samples == 0] = UNKNOWN_TOKEN
-        if len(self._no_eos) != len(token):
-            self._no_eos = _read_only(np.zeros(len(token), np.int32))
-        return StepOutcome(plan.step, _read_only(token), self._no_eos)
+        token.setflags(write=False)
+        return StepOutcome(plan.step, token, _no_ends(len(token)))
 
     def _with_ends(
         self, plan: StepPlan, rows: ModelRows, position: Int32[np.ndarray, " rows"], token: Int32[np.ndarray, " rows"]
@@ -78,6 +78,12 @@ class TokenScript:
         token[silent] = UNKNOWN_TOKEN
         eos[silent] = 0
         return StepOutcome(plan.step, _read_only(token), _read_only(eos))
+
+
+@cache
+def _no_ends(rows: int) -> Int32[np.ndarray, " rows"]:
+    """The `eos` of a step of so many rows in which nobody ends: nearly every step has one."""
+    return _read_only(np.zeros(rows, np.int32))
 
 
 def _read_only(array: Int32[np.ndarray, " rows"]) -> Int32[np.ndarray, " rows"]:

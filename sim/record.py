@@ -6,7 +6,7 @@ core said it did, so that a metric and the core's bookkeeping can disagree, and 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from typing import Final
 
 import numpy as np
@@ -49,7 +49,8 @@ class Recorder:
         self._rows = RequestRows()
         self.steps = 0
         """Completed steps."""
-        self.itl_gaps: Counter[int] = Counter()
+        self.itl_gaps: defaultdict[int, int] = defaultdict(int)
+        """How many gaps between tokens were that long, by ns."""
         self._series = Column("q")
         """SERIES of each step, step after step."""
         self._page_moves, self._page_ids = Column("q"), Column("i")
@@ -74,12 +75,9 @@ class Recorder:
         self.scheduled_tokens = self.recomputed_tokens = 0
         self.discarded_tokens = 0
         """Scheduled tokens of steps that never ran."""
-        self.failed_steps = 0
-        self.num_preemptions = 0
+        self.failed_steps = self.num_preemptions = 0
         self.count_of_state = [0, 0, 0, 0]
-        self._live = 0
-        self._live_since_ns = 0
-        self._request_ns = 0
+        self._live = self._live_since_ns = self._request_ns = 0
         self._preempted_now = 0
         self._last_end_ns = NEVER
         self.in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
@@ -87,6 +85,8 @@ class Recorder:
         self._failed_gauges: list[tuple[int, ...]] = []
         self._unwritten: StepPlan | None = None
         """The newest plan, where what it writes is not yet noted: where the next has the same rows, it need not be."""
+        self.prefills: list[tuple[int, int, int]] = []
+        """(request, start, count) of each prefill row of the newest plan; they come first."""
         self._decodes_only: Ints = _NOBODY
         """The slots of a plan known to have no prefills."""
 
@@ -166,6 +166,7 @@ class Recorder:
             self._note_written()
         self._unwritten = plan
         num_tokens = len(plan.tokens)
+        self.prefills = []
         prefill_tokens = 0 if plan.slot is self._decodes_only else self._prefill_tokens(plan)
         self.live_tokens += num_tokens
         self.scheduled_tokens += num_tokens
@@ -270,16 +271,15 @@ class Recorder:
         self.count_of_state[LIVE] += 1
 
     def _prefill_tokens(self, plan: StepPlan) -> int:
-        """Tokens of the prefill rows, which come first; counts those among them that an earlier admission wrote."""
-        total = 0
-        row, rows = 0, len(plan.slot)
-        request: int
-        while row < rows and plan.slot.item(row) < 0:
+        """Tokens of the prefill rows; notes these rows, and counts the tokens that an earlier admission wrote."""
+        total = row = 0
+        while row < len(plan.slot) and plan.slot.item(row) < 0:
             start, count, request = plan.start.item(row), plan.count.item(row), plan.request.item(row)
+            self.prefills.append((request, start, count))
             row += 1
             total += count
-            below: int = self._rows.recomputed_below[request]
-            self.recomputed_tokens += min(max(below - start, 0), count)
+            if (below := self._rows.recomputed_below[request]) > start:
+                self.recomputed_tokens += min(below - start, count)
         if not row:
             self._decodes_only = plan.slot
         return total

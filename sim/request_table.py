@@ -89,14 +89,18 @@ class RequestRows:
 
     def reserve(self, request: int) -> None:
         """Make sure that there is a row for `request`."""
-        self.first = min(self.first, request) if self.end else request
-        self.end = max(self.end, request + 1)
+        if request < self.first or not self.end:
+            self.first = request
+        if request >= self.end:
+            self.end = request + 1
+        if request >= len(self.state):
+            self._grow(request)
+
+    def _grow(self, request: int) -> None:
         capacity = len(self.state)
-        if request < capacity:
-            return
         more = max(256, capacity // 4, request + 1 - capacity)
         for column, fill in self._columns:
-            column.extend([fill] * more)
+            column.extend(array(column.typecode, (fill,)) * more)
         self.written = np.concatenate((self.written, np.zeros(more, np.int32)))
 
     def times_of(self, request: int, last_token_ns: int | None = None, more_tokens: int = 0) -> RequestTimes:

@@ -56,21 +56,21 @@ class RequestScript:
         Where outputs end by EOS, the token at position prompt + output - 1 is one, and max_tokens leaves room up to the
         longest sequence that fits; else max_tokens ends the output. A decoder draws its EOS itself, and earlier.
         """
-        self._reserve(arrival.request)
-        max_tokens = arrival.output_tokens
+        request, num_prompt, max_tokens = arrival.request, arrival.prompt_tokens, arrival.output_tokens
+        if request >= len(self._bases):
+            self._reserve(request)
         if arrival.eos_after:
-            self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.eos_after - 1
+            self._eos_position[request] = num_prompt + arrival.eos_after - 1
         elif self._workload.end_by == "eos" and not self._draws:
-            self._eos_position[arrival.request] = arrival.prompt_tokens + arrival.output_tokens - 1
-            max_tokens = max(max_tokens, self._longest - arrival.prompt_tokens + 1)
-        prompt = self._make_prompt(self._seed, arrival.request, arrival.prompt_tokens, self._vocab_size)
+            self._eos_position[request] = num_prompt + max_tokens - 1
+            max_tokens = max(max_tokens, self._longest - num_prompt + 1)
         return Request(
-            id=arrival.request,
-            prompt=prompt,
+            id=request,
+            prompt=self._make_prompt(self._seed, request, num_prompt, self._vocab_size),
             max_tokens=max_tokens,
-            temperature=float(self._temperature[arrival.request]),
-            top_p=float(self._top_p[arrival.request]),
-            seed=int(self._seeds[arrival.request]),
+            temperature=self._temperature.item(request),
+            top_p=self._top_p.item(request),
+            seed=self._seeds.item(request),
         )
 
     def eos_position(self, request: int) -> int:
@@ -88,12 +88,12 @@ class RequestScript:
         # As an index, int32 costs several times what intp does.
         request = plan.request.astype(np.intp)
         if plan.admission.tobytes() == _FIRST_ADMISSION * len(request):
-            bases = self._bases.take(request)
+            bases = self._bases[request]
         else:
             bases = kv_base(request, plan.admission)
-        seeds, eos = self._seeds.take(request), self._eos_position.take(request)
+        seeds, eos = self._seeds[request], self._eos_position[request]
         if self._draws:
-            return ModelRows(bases, seeds, eos, self._temperature.take(request), self._top_p.take(request))
+            return ModelRows(bases, seeds, eos, self._temperature[request], self._top_p[request])
         return ModelRows(bases, seeds, eos, _NOTHING_DRAWN, _NOTHING_DRAWN)
 
     def _reserve(self, request: int) -> None:
@@ -109,5 +109,7 @@ class RequestScript:
     def _choices(self, some: float | tuple[float, ...], stream: int, ids: Any) -> Float32[np.ndarray, " requests"]:
         """One value for each request id, a function of the scenario seed and the id alone."""
         values = np.atleast_1d(np.array(some, np.float32))
+        if len(values) == 1:
+            return values.repeat(len(ids))
         drawn = mix32(request_seeds(self._seed, ids) ^ np.uint32(stream * GOLDEN & 0xFFFFFFFF))
         return values[drawn % len(values)]

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from paged_attention.plan import Effect, Ints, Request, StepPlan
+from paged_attention.plan import Effect, Request, StepPlan
 from sim.observer import Bystander
 from sim.record import Recorder
 from sim.request_table import FINISHED, LIVE, NEVER, REJECTED
@@ -106,8 +106,6 @@ class Sometimes(Bystander):
         """Pages that left a fence and were not handed out since."""
         self._decodes: StepPlan | None = None
         """The newest plan with decodes."""
-        self._no_prefills: Ints | None = None
-        """The slots of the newest plan, where it has no prefills."""
         self._was_idle = False
 
     @property
@@ -191,24 +189,24 @@ class Sometimes(Bystander):
         """See Observer."""
         if plan.effects:
             self._follow(plan.effects)
-        slot, prefills = plan.slot, 0
-        if slot is not self._no_prefills:
-            prefills = self._prefills(plan)
-            self._no_prefills = None if prefills else slot
-        if prefills < len(slot):
+        prefills = self._recorder.prefills
+        for row, (request, start, count) in enumerate(prefills):
+            self._prefill(plan, row, request, start, count)
+        if len(prefills) < len(plan.slot):
             self._decodes = plan
         elif self._policy.mix == "prefill_first":
             self._hits["decodes-wait-for-prefill"] += self._decodes_wait()
         if self._prefilling or self._joining or self._recorder.waiting:
-            self._who_waits(plan.step, prefills)
+            self._who_waits(plan.step, bool(prefills))
 
     def _follow(self, effects: tuple[Effect, ...]) -> None:
         """Take in what a plan changed."""
-        hits, prefilling, victims = self._hits, self._prefilling, 0
+        hits, prefilling, victims, granted = self._hits, self._prefilling, 0, False
         released: set[int] = set()
         for effect in effects:
             kind = effect.kind
             if kind == "allocated":
+                granted = True
                 if effect.first_page and effect.request not in prefilling:
                     hits["decode-crosses-page"] += 1
                 if released or self._unfenced:
@@ -222,8 +220,8 @@ class Sometimes(Bystander):
                 self._preempted(effect)
             elif kind == "freed":
                 released.update(effect.pages)
-        if not self._recorder.pages_free:
-            hits["exact-fit"] += any(effect.kind == "allocated" for effect in effects)
+        if granted and not self._recorder.pages_free:
+            hits["exact-fit"] += 1
         hits["two-victims"] += victims > 1
 
     def _regranted(self, pages: tuple[int, ...], released: set[int]) -> None:
@@ -246,9 +244,10 @@ class Sometimes(Bystander):
         self._joining.discard(effect.request)
         self._hits["slot-reused"] += effect.slot in self._slots_seen
         self._slots_seen.add(effect.slot)
+        flights = self._recorder.in_flight
         # The newest of them is the plan at hand.
-        before = [plan for plan, _ in self._recorder.in_flight][:-1]
-        self._hits["slot-reused-in-flight"] += any((plan.slot == effect.slot).any() for plan in before)
+        if len(flights) > 1 and any((plan.slot == effect.slot).any() for plan, _ in list(flights)[:-1]):
+            self._hits["slot-reused-in-flight"] += 1
 
     def _preempted(self, effect: Effect) -> None:
         live = self._live.get(effect.request)
@@ -262,17 +261,8 @@ class Sometimes(Bystander):
         self._prefilling.discard(effect.request)
         self._joining.discard(effect.request)
 
-    def _prefills(self, plan: StepPlan) -> int:
-        """Take in the prefill rows, which come first; return how many they are."""
-        row, rows = 0, len(plan.slot)
-        while row < rows and plan.slot.item(row) < 0:
-            self._prefill(plan, row)
-            row += 1
-        return row
-
-    def _prefill(self, plan: StepPlan, row: int) -> None:
+    def _prefill(self, plan: StepPlan, row: int, request: int, start: int, count: int) -> None:
         """Take in the chunk of a prompt."""
-        request, start, count = plan.request.item(row), plan.start.item(row), plan.count.item(row)
         hits, live = self._hits, self._live.get(request)
         if start % self._policy.page_size:
             hits["chunk-inside-page"] += 1
@@ -300,10 +290,11 @@ class Sometimes(Bystander):
         running = ((self._live.get(request), end) for request, end in ends)
         return any(live is not None and live.state == _RUNNING and end < live.last for live, end in running)
 
-    def _who_waits(self, step: int, prefills: int) -> None:
+    def _who_waits(self, step: int, runs_prefill: bool) -> None:
         hits, recorder, joining = self._hits, self._recorder, self._joining
-        hits["joining-waits"] += any(self._live[request].joining_since < step for request in joining)
-        if prefills:
+        if joining and any(self._live[request].joining_since < step for request in joining):
+            hits["joining-waits"] += 1
+        if runs_prefill:
             return
         decode_first = self._policy.mix == "decode_first"
         if self._prefilling:

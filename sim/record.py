@@ -37,7 +37,6 @@ SERIES: Final = ("step", "start_ns", "end_ns", *GAUGES)
 
 SPILL_EVERY_STEPS: Final = 512
 _NOTHING: Final = np.int32(UNKNOWN_TOKEN).tobytes()
-_NOBODY: Final = np.zeros(0, np.int32)
 
 
 class Recorder:
@@ -59,7 +58,6 @@ class Recorder:
         """(request, kind, start in ns, end in ns) of each segment."""
         self._streaming: set[int] = set()
         """Requests that yielded a token in the last completed step: the gap that they share is counted once a step."""
-        self._streaming_rows: Ints = _NOBODY
         self._packed_streaming_rows = b""
         self._streaming_since: dict[int, int] = {}
         """How many steps were completed before the first of each one's steps in a row."""
@@ -77,8 +75,7 @@ class Recorder:
         """Scheduled tokens of steps that never ran."""
         self.failed_steps = self.num_preemptions = 0
         self.count_of_state = [0, 0, 0, 0]
-        self._live = self._live_since_ns = self._request_ns = 0
-        self._preempted_now = 0
+        self._live = self._live_since_ns = self._request_ns = self._preempted_now = 0
         self._last_end_ns = NEVER
         self.in_flight: deque[tuple[StepPlan, tuple[int, ...]]] = deque()
         """The plan of each step in flight, oldest first, and its GAUGES."""
@@ -87,7 +84,7 @@ class Recorder:
         """The newest plan, where what it writes is not yet noted: where the next has the same rows, it need not be."""
         self.prefills: list[tuple[int, int, int]] = []
         """(request, start, count) of each prefill row of the newest plan; they come first."""
-        self._decodes_only: Ints = _NOBODY
+        self._decodes_only: Ints | None = None
         """The slots of a plan known to have no prefills."""
 
     @property
@@ -194,7 +191,7 @@ class Recorder:
         # A pattern found astride two tokens costs a look at each and nothing else.
         if _NOTHING in token.tobytes():
             rows = rows[token >= 0]
-        if rows is not self._streaming_rows and rows.tobytes() != self._packed_streaming_rows:
+        if rows.tobytes() != self._packed_streaming_rows:
             self._stream(end_ns, rows)
         elif self._streaming:
             self.itl_gaps[end_ns - self._last_end_ns] += len(self._streaming)
@@ -227,8 +224,7 @@ class Recorder:
 
     def close(self, now_ns: int) -> None:
         """The run is over: what is still open ends here."""
-        self._leave(self._streaming)
-        self._streaming, self._streaming_rows, self._packed_streaming_rows = set(), _NOBODY, b""
+        self._stream(now_ns, np.zeros(0, np.int32))
         for request, kind in enumerate(self._rows.segment[: self._rows.end]):
             if kind != NO_SEGMENT:
                 self._segment(now_ns, request, NO_SEGMENT)
@@ -272,15 +268,14 @@ class Recorder:
 
     def _prefill_tokens(self, plan: StepPlan) -> int:
         """Tokens of the prefill rows; notes these rows, and counts the tokens that an earlier admission wrote."""
-        total = row = 0
-        while row < len(plan.slot) and plan.slot.item(row) < 0:
-            start, count, request = plan.start.item(row), plan.count.item(row), plan.request.item(row)
-            self.prefills.append((request, start, count))
-            row += 1
+        total, prefills = 0, self.prefills
+        while (row := len(prefills)) < len(plan.slot) and plan.slot.item(row) < 0:
+            prefill: tuple[int, int, int] = plan.request.item(row), plan.start.item(row), plan.count.item(row)
+            prefills.append(prefill)
+            request, start, count = prefill
             total += count
-            if (below := self._rows.recomputed_below[request]) > start:
-                self.recomputed_tokens += min(below - start, count)
-        if not row:
+            self.recomputed_tokens += min(max(self._rows.recomputed_below[request] - start, 0), count)
+        if not prefills:
             self._decodes_only = plan.slot
         return total
 
@@ -295,24 +290,25 @@ class Recorder:
         """Take in a step in which other rows yielded than in the last one."""
         before = self._streaming
         yielded: set[int] = set(rows.tolist())
-        if gone := before - yielded:
-            self._leave(gone)
-        came = yielded - before
-        if len(came) < len(yielded):
-            self.itl_gaps[now_ns - self._last_end_ns] += len(yielded) - len(came)
-        for request in came:
+        stayed = len(yielded)
+        for request in before ^ yielded:
+            if request in before:
+                self._leave(request)
+                continue
+            stayed -= 1
             self._streaming_since[request] = self.steps
             last = self._rows.last_token_ns[request]
             if last == NEVER:
                 self._rows.first_token_ns[request] = now_ns
             else:
                 self.itl_gaps[now_ns - last] += 1
-        self._streaming, self._streaming_rows, self._packed_streaming_rows = yielded, rows, rows.tobytes()
+        if stayed:
+            self.itl_gaps[now_ns - self._last_end_ns] += stayed
+        self._streaming, self._packed_streaming_rows = yielded, rows.tobytes()
 
-    def _leave(self, requests: set[int]) -> None:
-        for request in requests:
-            self._rows.output_tokens[request] += self.steps - self._streaming_since.pop(request)
-            self._rows.last_token_ns[request] = self._last_end_ns
+    def _leave(self, request: int) -> None:
+        self._rows.output_tokens[request] += self.steps - self._streaming_since.pop(request)
+        self._rows.last_token_ns[request] = self._last_end_ns
 
     def _take(self, now_ns: int, effects: tuple[Effect, ...]) -> None:
         moves, ids = self._page_moves.tail, self._page_ids.tail

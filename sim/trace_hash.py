@@ -29,13 +29,13 @@ _HEAD = Struct("<Bqqq")
 """What comes, of which step or request, how many rows, and their CRC-32."""
 
 
-def pack_effects(effects: Iterable[Effect]) -> array[int]:
+def pack_effects(effects: Iterable[Effect]) -> bytes:
     """Effects as int64 words: kind, request, admission, slot, first page, length, reason, then the pages."""
     words: list[int] = []
     for kind, request, admission, slot, first_page, pages, reason in effects:
         reason_code = crc32(reason.encode()) if reason else 0
         words += (_KIND_CODE[kind], request, admission, slot, first_page, len(pages), reason_code, *pages)
-    return array("q", words)
+    return array("q", words).tobytes()
 
 
 def _check(columns: tuple[Any, ...]) -> int:
@@ -51,18 +51,18 @@ class TraceHash:
 
     def __init__(self) -> None:
         self._hash = blake2b(digest_size=DIGEST_BYTES)
-        self._pending = bytearray()
+        self._parts: list[bytes] = []
         """What has come in since the last digest: one long update is cheaper than many short ones."""
         self.step_digests = bytearray()
 
     def effects(self, effects: tuple[Effect, ...]) -> None:
         """Take in what submit, cancel, apply or abandon returned."""
         if effects:
-            self._pending += pack_effects(effects)
+            self._parts.append(pack_effects(effects))
 
     def refused(self, request: int) -> None:
         """Take in that a request was refused at submission (its wording is no part of the behaviour)."""
-        self._pending += _HEAD.pack(_REFUSED, request, 0, 0)
+        self._parts.append(_HEAD.pack(_REFUSED, request, 0, 0))
 
     def plan(self, plan: StepPlan) -> None:
         """Take in a plan.
@@ -75,31 +75,31 @@ class TraceHash:
         if len(request) <= FEW_ROWS or plan.step % WHOLE_TABLE_EVERY == 0:
             # How far a table is padded is the core's own business.
             columns += (plan.table[:, : max(num_pages.tolist(), default=0)].copy(),)
-        self._pending += _HEAD.pack(_PLAN, plan.step, len(request), _check(columns))
+        self._parts.append(_HEAD.pack(_PLAN, plan.step, len(request), _check(columns)))
         if plan.effects:
-            self._pending += pack_effects(plan.effects)
+            self._parts.append(pack_effects(plan.effects))
 
     def outcome(self, outcome: StepOutcome) -> None:
         """Take in the tokens that a step yielded."""
         token = outcome.token
-        self._pending += _HEAD.pack(_OUTCOME, outcome.step, len(token), _check((token, outcome.eos)))
+        self._parts.append(_HEAD.pack(_OUTCOME, outcome.step, len(token), _check((token, outcome.eos))))
 
     def abandoned(self, step: int, effects: tuple[Effect, ...]) -> None:
         """Take in that a planned step never ran."""
-        self._pending += _HEAD.pack(_ABANDONED, step, 0, 0)
+        self._parts.append(_HEAD.pack(_ABANDONED, step, 0, 0))
         self.effects(effects)
 
     def close_step(self) -> None:
         """Keep the digest as it is after a step has been applied."""
-        self._hash.update(self._pending)
-        self._pending.clear()
+        self._hash.update(b"".join(self._parts))
+        self._parts.clear()
         self.step_digests += self._hash.digest()
 
     @property
     def hexdigest(self) -> str:
         """The hash of everything taken in so far."""
-        self._hash.update(self._pending)
-        self._pending.clear()
+        self._hash.update(b"".join(self._parts))
+        self._parts.clear()
         return self._hash.hexdigest()
 
 

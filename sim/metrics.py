@@ -34,10 +34,11 @@ def distribution(
     total = int(counts.sum())
     if total == 0:
         return dict(NO_LATENCY)
-    order = np.argsort(values_ns, kind="stable")
-    values, ends = values_ns[order], np.cumsum(counts[order])
-    mean = float(np.dot(values.astype(np.float64), counts[order])) / total
-    variance = float(np.dot((values - mean) ** 2, counts[order])) / total
+    order = values_ns.argsort(kind="stable")
+    values, times = values_ns[order], counts[order]
+    ends = times.cumsum()
+    mean = float(np.dot(values.astype(np.float64), times)) / total
+    variance = float(np.dot((values - mean) ** 2, times)) / total
     figures: Figures = {"count": total, "mean": mean * _NS, "std": variance**0.5 * _NS}
     figures["min"] = int(values[0]) * _NS
     for name, q in QUANTILES.items():
@@ -49,10 +50,10 @@ def distribution(
 def _quantile(values: NDArray[np.int64], ends: NDArray[np.int64], rank: float) -> float:
     """The value at a fractional rank (from 0), where value i has the ranks below ends[i]."""
     low = int(rank)
-    first = float(values[np.searchsorted(ends, low, side="right")])
+    first = float(values[ends.searchsorted(low, side="right")])
     if rank == low:
         return first
-    second = float(values[np.searchsorted(ends, low + 1, side="right")])
+    second = float(values[ends.searchsorted(low + 1, side="right")])
     return first + (second - first) * (rank - low)
 
 

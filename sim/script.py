@@ -16,7 +16,7 @@ from sim.workload.arrival import Arrival
 NO_EOS: Final = -1
 _FIRST_ADMISSION: Final = np.int32(1).tobytes()
 _NOTHING_DRAWN: Final = np.zeros(0, np.float32)
-_BLOCK = 1024
+_BLOCK = 256
 """Seeds and bases are made for this many requests at a time: one call each in place of one per request."""
 
 PromptMaker = Callable[[int, int, int, int], Int32[np.ndarray, " prompt_tokens"]]

@@ -134,7 +134,7 @@ class ContentJudge:
         _, _, admission, start, count = prefill
         size = self.ledger.page_size
         logical, used = divmod(start + count, size)
-        if not used or logical >= len(admission.pages):
+        if not used or logical >= len(admission.pages) or not 0 < admission.pages[logical] < self.num_pages:
             return self.offsets[:0]
         return self.offsets[used:] + admission.pages[logical] * size
 
@@ -168,6 +168,10 @@ class ContentJudge:
         if flight.prefills:
             parts = [self._prefill(live, admission, at, n) for _, live, admission, at, n in flight.prefills]
             places, tokens = map(np.concatenate, zip(*parts, (places, tokens), strict=True))
+        if not ledger.pool.untouched:
+            # A page outside the pool may have been granted, which the page judge has told.
+            keep = (places >= self.size) & (places < self.num_pages * self.size)
+            places, tokens = places[keep], tokens[keep]
         written = Written(places, self.shadow.at(places))
         self.shadow.write(places, tokens)
         self._judge_unique(places, tokens)

@@ -39,16 +39,19 @@ class FramePlaces:
         ledger = self.ledger
         half = max(len(slots) * STEPS_AHEAD // ledger.page_size // 2, 1)
         in_turn = _after(slots, self._slot)[:half]
-        # Whoever has no page yet has page 0, as has the padding of a table; nobody holds that.
-        held = np.flatnonzero(np.bincount(ledger.table.take(slots, axis=0).reshape(-1), minlength=1)[1:]) + 1
+        held = np.flatnonzero(np.bincount(self._of_the_pool(ledger.table.take(slots, axis=0)), minlength=1))
         pages = _after(held, self._page)[:half]
         if len(in_turn):
             self._slot = int(in_turn[-1])
         if len(pages):
             self._page = int(pages[-1])
-        newest = ledger.newest_page.take(in_turn)
-        both = np.concatenate((newest[newest > 0], pages.astype(np.int32)))
+        newest = self._of_the_pool(ledger.newest_page.take(in_turn))
+        both = np.concatenate((newest, pages.astype(np.int32)))
         return (both[:, None] * np.array(ledger.page_size, np.int32) + self._offsets).reshape(-1)
+
+    def _of_the_pool(self, pages: Int[ndarray, "..."]) -> Int[ndarray, " some"]:
+        """The pages that can be looked at: not the dummy, which pads tables, and none that a broken core made up."""
+        return pages[(pages > 0) & (pages < self.ledger.policy.num_pages)]
 
 
 def _after(ascending: Int[ndarray, " n"], newest: int) -> Int[ndarray, " n"]:

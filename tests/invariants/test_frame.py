@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from invariants.frame import STEPS_AHEAD, FramePlaces
 
 PAGE_SIZE, NUM_PAGES, WIDTH = 2, 10, 3
+MANY_PAGES = 4096
+"""Of the pool: more than are ever held here."""
 ROUND = NUM_PAGES * PAGE_SIZE + 2 * STEPS_AHEAD
 """Steps after which each page had its turn."""
 
@@ -30,7 +32,8 @@ def books(pages: list[list[int]], page_size: int = PAGE_SIZE) -> Any:
     for slot, mine in enumerate(pages):
         table[slot, : len(mine)] = mine
     newest = np.array([mine[-1] if mine else 0 for mine in pages], np.int32)
-    return SimpleNamespace(table=table, newest_page=newest, page_size=page_size)
+    policy = SimpleNamespace(num_pages=MANY_PAGES)
+    return SimpleNamespace(policy=policy, table=table, newest_page=newest, page_size=page_size)
 
 
 @given(held_pages())
@@ -65,3 +68,12 @@ def test_the_newest_page_of_each_decode_is_looked_at_again_and_again(decodes: in
     turns = -(-2 * page_size // STEPS_AHEAD) + 1
     chosen = np.concatenate([frame.next_places(slots) for _ in range(turns * max(STEPS_AHEAD, 2 * page_size))])
     assert set(range(page_size, (1 + decodes) * page_size)) <= set(chosen.tolist())
+
+
+@given(held_pages(), st.integers(0, 2), st.sampled_from([-1, MANY_PAGES, 2**31 - 1]))
+def test_a_page_outside_the_pool_is_not_looked_at(pages: list[list[int]], at: int, outside: int) -> None:
+    ledger = books(pages)
+    ledger.table[0, at] = ledger.newest_page[0] = outside
+    frame = FramePlaces(ledger)
+    chosen = np.concatenate([frame.next_places(np.arange(len(pages))) for _ in range(ROUND)])
+    assert set((chosen // PAGE_SIZE).tolist()) == {int(page) for page in ledger.table.flat if 0 < page < MANY_PAGES}

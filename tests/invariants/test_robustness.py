@@ -2,11 +2,13 @@
 
 from dataclasses import fields, replace
 from random import Random
+from unittest.mock import patch
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from invariants import contents
 from invariants.auditor import AuditConfig
 from paged_attention.plan import EFFECT_KINDS, Effect, StepOutcome, StepPlan
 from tests.invariants.reference import World, small_policy
@@ -93,9 +95,8 @@ class LyingWorld(World):
         self.real.abandoned(*args)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 2), st.sampled_from([None, 50]))
-def test_no_lie_makes_the_auditor_raise(seed, lag, vocab):
+def judged_lies(seed, lag, vocab):
+    """What an auditor says that is lied to; it never raises."""
     policy = small_policy(num_pages=9, lag=lag)
     config = AuditConfig(full_every=2, max_violations=10_000)
     world = LyingWorld(
@@ -107,7 +108,23 @@ def test_no_lie_makes_the_auditor_raise(seed, lag, vocab):
         world.step(abandon=step % 13 == 5)
         if step == 8:
             world.cancel(3)
-    for violation in world.auditor.violations:
+    return world.auditor
+
+
+@settings(max_examples=50, deadline=None)
+@example(24206, 0, 50)
+@given(st.integers(0, 2**32), st.integers(0, 2), st.sampled_from([None, 50]))
+def test_no_lie_makes_the_auditor_raise(seed, lag, vocab):
+    auditor = judged_lies(seed, lag, vocab)
+    for violation in auditor.violations:
         assert violation.to_json()["message"]
         assert {f.name for f in fields(violation)} == set(violation.to_json())
-    assert isinstance(np.sum([c["violated"] for c in world.auditor.counters().values()]), np.integer)
+    assert isinstance(np.sum([c["violated"] for c in auditor.counters().values()]), np.integer)
+
+
+@settings(max_examples=50, deadline=None)
+@example(24206, 0)
+@given(st.integers(0, 2**32), st.integers(0, 2))
+def test_no_lie_makes_the_auditor_raise_where_it_looks_at_a_part_of_the_pool(seed, lag):
+    with patch.multiple(contents, SMALL_PLACES=0, SMALL_TOUCHED=0):
+        assert judged_lies(seed, lag, 50).violations

@@ -10,6 +10,7 @@ import pytest
 
 from backends.numpy_oracle import NumpyBackend
 from invariants.contents import SMALL_PLACES, SMALL_TOUCHED
+from invariants.frame import FramePlaces
 from sim.run import run
 from tests.sim.run_parts import planned_only
 
@@ -82,3 +83,24 @@ def test_damage_to_older_tokens_is_seen_before_the_look_at_the_end(monkeypatch: 
     assert report.violations[0].id in {"K1", "K2"}
     assert report.violations[0].step == steps[-1]
     assert report.summary["steps"] < steps[0] + 16 < whole
+
+
+def test_a_step_with_a_chunk_looks_beside_its_writes_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    many: list[bool] = []
+    looks: list[int] = []
+    execute, next_places = NumpyBackend.execute, FramePlaces.next_places
+
+    def executed(self: Any, plan: Any, rows: Any) -> Any:
+        if plan.num_tokens * PAGE_SIZE > SMALL_TOUCHED:
+            many.append(bool((plan.slot < 0).any()))
+        return execute(self, plan, rows)
+
+    def looked(self: Any, slots: Any) -> Any:
+        looks.append(len(slots))
+        return next_places(self, slots)
+
+    monkeypatch.setattr(NumpyBackend, "execute", executed)
+    monkeypatch.setattr(FramePlaces, "next_places", looked)
+    run(large(decodes=4, prompt=50, output=30))
+    assert any(many)
+    assert len(looks) == len(many)
